@@ -1,0 +1,79 @@
+# `make demo` and `make test` need Linux, Python 3.11 or later (with its venv module) and make; they install the
+# rest, at the versions of constraints.txt, into .venv beside this file. Choose another interpreter with
+# `make PYTHON=/path/to/python ...`, hand options to pip with PIP_FLAGS.
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+RANKS ?= 4
+DEMO_ARGS ?=
+OUT ?= out
+
+# Ranks share the machine: several threads in each of them only get in each other's way.
+export OMP_NUM_THREADS ?= 1
+# Tests and recipes find mpiexec, torchrun and syncbn-launch of this environment first.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help venv test lint types demo fuzz soak bench experiments clean
+
+help: ## say what each target does
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+venv: $(STAMP) ## make .venv and install everything, pinned
+
+# A candidate counts only if it runs, is new enough and can make environments (Debian ships venv separately).
+$(STAMP): pyproject.toml constraints.txt
+	@python="$(PYTHON)"; \
+	for candidate in $${python:-python3.11 python3 python3.12 python3.13 python3.14}; do \
+	    if $$candidate -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        found=$$candidate; break; \
+	    fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "make: no Python 3.11 or later with the venv and ensurepip modules found$${python:+ (tried $$python)}:" \
+	        "install one (on Debian also python3-venv) or run make PYTHON=/path/to/python" >&2; exit 1; \
+	fi; \
+	echo "making $(VENV) with $$($$found --version)"; \
+	$$found -m venv $(VENV)
+	$(PIP) install -q $(PIP_FLAGS) -c constraints.txt --upgrade pip
+	$(PIP) install -q $(PIP_FLAGS) -c constraints.txt --group dev
+	$(PIP) install -q $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[mpi,examples]'
+	@touch $@
+
+test: $(STAMP) ## run the tests that need no GPU (mpiexec included), in minutes
+	$(BIN)/python -m pytest -m "not slow and not gpu and not nccl" $(PYTEST_FLAGS)
+
+lint: $(STAMP) ## check style and formatting, and the shell scripts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck .ci/run $(wildcard launch/*.sh)
+
+types: $(STAMP) ## check the type annotations
+	$(BIN)/mypy
+
+demo: $(STAMP) ## the small-batch experiment on RANKS=4 ranks: table, CSV and picture under OUT=out
+	$(BIN)/python -m syncbn.launch -n $(RANKS) examples/small_batch.py --out $(OUT)/small_batch $(DEMO_ARGS)
+
+fuzz: $(STAMP) ## the long random search for hangs, aborts and wrong numbers
+	$(BIN)/python -m pytest -m slow -k fuzz --timeout 3600 $(PYTEST_FLAGS)
+
+soak: $(STAMP) ## ten thousand steps: memory flat, statistics equal
+	$(BIN)/python -m pytest -m slow -k soak --timeout 3600 $(PYTEST_FLAGS)
+
+bench: $(STAMP) ## run every benchmark in benchmarks/, one after the other
+	@for script in benchmarks/*.py; do \
+	    echo "== $$script"; $(BIN)/python "$$script" || exit 1; \
+	done
+
+experiments: $(STAMP) ## the full sweep behind the numbers in the README, into examples/results
+	$(BIN)/python -m syncbn.launch -n 4 examples/small_batch.py --full --out examples/results/small_batch
+	$(BIN)/python -m syncbn.launch -n 4 examples/equivalence.py
+	$(BIN)/python -m syncbn.launch -n 2 examples/equivalence.py
+
+clean: ## remove the environment and everything else that was made here
+	rm -rf $(VENV) $(OUT) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
