@@ -1,0 +1,15 @@
+"""Synchronized batch normalization: every rank normalizes with the statistics of the global mini-batch."""
+
+from syncbn import functional
+from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.header import PeerLostError, RankMismatchError
+from syncbn.modules import SyncBatchNorm
+
+__all__ = [
+    "PeerLostError",
+    "RankMismatchError",
+    "SyncBatchNorm",
+    "convert_sync_batchnorm",
+    "functional",
+    "revert_sync_batchnorm",
+]

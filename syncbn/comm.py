@@ -1,0 +1,471 @@
+"""Resolve a process group, and take a small float64 message over it by the cheapest way for its backend and size.
+
+The process group of torch.distributed is the only abstraction. A ``Link`` is what this rank keeps per group: buffers,
+the number of exchanges made, and whether the group is still alive. Two ways:
+
+* ``OneHop`` (gloo, up to ``ONE_HOP_LIMIT`` ranks): send to and receive from every peer under a reserved tag. One
+  network hop instead of the 2(W-1) of gloo's ring; each peer's header is seen, so that ranks in different calls get an
+  error that names both sides; a peer in some other collective gives a timeout and never mixed numbers.
+* ``AllReduce`` (NCCL, MPI, larger worlds): one all-reduce, with check slots in the message.
+
+Both give equal bits on all ranks. Checks can be switched off with ``SYNCBN_CHECKS=off`` in the environment (alike on
+all ranks is not required: the messages are the same).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncbn import header
+from syncbn.header import Call, PeerLostError, RankMismatchError
+
+ONE_HOP_LIMIT = 32
+"""World size above which gloo groups use one all-reduce instead of a message to every peer."""
+
+TAG = 0x53424E
+"""Tag of our messages between two ranks ("SBN"): gloo keeps messages of different tags apart."""
+
+_FRAME = 16384
+"""Widest payload, in float64, of a first message; what is wider follows once all headers agree."""
+
+_HEAD = header.SIZE // 8
+
+_checks = os.environ.get("SYNCBN_CHECKS", "on").lower() not in ("off", "0", "false")
+_forced = False
+_graveyard: list[Any] = []  # buffers that a lost peer may still write to: never freed
+
+
+@contextlib.contextmanager
+def forced() -> Iterator[None]:
+    """Within it, layers take the synchronized path also on a group of one rank or without a group.
+
+    For tests and benchmarks of that path on one rank; process-wide.
+    """
+    global _forced
+    before, _forced = _forced, True
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+# ---- which group
+
+
+def resolve_group(process_group: Any) -> dist.ProcessGroup | None:
+    """The process group that an argument ``process_group=`` means.
+
+    Args:
+        process_group: None (the default group, or no group when torch.distributed is not initialized), a
+            ``ProcessGroup``, a ``DeviceMesh`` of one dimension, a pair ``(DeviceMesh, dim)`` with the dimension's
+            name or index, or an ``mpi4py.MPI.Comm``.
+
+    Returns:
+        The group, or None for no synchronization.
+
+    Raises:
+        ValueError: this rank is not in the group, or the mesh has several dimensions and none is named.
+        TypeError: anything else.
+    """
+    if process_group is None:
+        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if isinstance(process_group, dist.ProcessGroup):
+        group = process_group
+    elif process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "process_group: this rank is not a member of the group (dist.new_group returned NON_GROUP_MEMBER). "
+            "Give each rank a group that it is in, for example one of dist.new_subgroups()."
+        )
+    elif type(process_group).__module__.startswith("mpi4py"):
+        from syncbn.mpi import process_group as of_communicator  # only those who hold one import it
+
+        return of_communicator(process_group)
+    else:
+        group = _group_of_mesh(process_group)
+    if group.rank() < 0:
+        raise ValueError(f"process_group: this rank is not a member of the group of size {group.size()}")
+    return group
+
+
+def _group_of_mesh(process_group: Any) -> dist.ProcessGroup:
+    from torch.distributed.device_mesh import DeviceMesh  # imports much, and few use it
+
+    dim: str | int | None = None
+    mesh = process_group
+    if isinstance(process_group, tuple) and len(process_group) == 2:
+        mesh, dim = process_group
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            "process_group must be None, a ProcessGroup, a DeviceMesh of one dimension, (DeviceMesh, dim) or an "
+            f"mpi4py.MPI.Comm, got {type(process_group).__name__}: {process_group!r}"
+        )
+    names = mesh.mesh_dim_names or ()
+    if dim is None and mesh.ndim != 1:
+        raise ValueError(
+            f"process_group: a DeviceMesh of {mesh.ndim} dimensions {names or tuple(mesh.shape)} does not say over "
+            f"which one to synchronize. Give (mesh, dim), for example (mesh, {names[0] if names else 0!r})."
+        )
+    if isinstance(dim, str) and dim not in names:
+        raise ValueError(f"process_group: the mesh has no dimension {dim!r}, only {names}")
+    if isinstance(dim, int) and not -mesh.ndim <= dim < mesh.ndim:
+        raise ValueError(f"process_group: dimension {dim} is out of range for a mesh of {mesh.ndim} dimensions")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"process_group: this rank is not in the mesh {mesh}")
+    return mesh.get_group() if dim is None else mesh.get_group(dim)
+
+
+def group_ranks(group: dist.ProcessGroup) -> list[int]:
+    """The global ranks of a group, in the group's order; 0..W-1 for a group that is not registered."""
+    try:
+        return dist.get_process_group_ranks(group)
+    except (KeyError, ValueError, RuntimeError):
+        return list(range(group.size()))
+
+
+class GroupHandle:
+    """Keeps a process group where deepcopy and pickle meet it.
+
+    A deepcopy shares the group. A pickle stores the group's global ranks, never its name (names are counters of
+    creation: "1" was another group in another program), and is resolved when it is loaded, or, when torch.distributed
+    is not initialized by then, at its first use after it is.
+
+    Raises:
+        RuntimeError: on loading, where torch.distributed is initialized and no group has these ranks.
+    """
+
+    def __init__(self, process_group: Any = None) -> None:
+        self._group = None if process_group is None else resolve_group(process_group)
+        self._ranks: list[int] | None = None  # of a group that is still to be found
+
+    def get(self) -> dist.ProcessGroup | None:
+        """The group; None for the default group, and as long as a loaded handle has nothing to resolve with."""
+        if self._ranks is not None and dist.is_available() and dist.is_initialized():
+            self._group, self._ranks = _find_group(self._ranks), None
+        return self._group
+
+    def resolve(self) -> dist.ProcessGroup | None:
+        """The group to synchronize over now: the default group where none was given, None for none."""
+        group = self.get()
+        return group if group is not None or self._ranks is not None else resolve_group(None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupHandle:
+        return self
+
+    def __reduce__(self) -> tuple[Any, tuple[list[int] | None]]:
+        if self._group is None:
+            return _load_handle, (self._ranks,)
+        return _load_handle, (group_ranks(self._group),)
+
+
+def _load_handle(ranks: list[int] | None) -> GroupHandle:
+    handle = GroupHandle()
+    handle._ranks = ranks
+    handle.get()
+    return handle
+
+
+def _find_group(ranks: list[int]) -> dist.ProcessGroup:
+    """The oldest registered group of exactly these global ranks: creation is collective, so all ranks find the same."""
+    world = dist.group.WORLD
+    assert world is not None
+    if group_ranks(world) == ranks:
+        return world
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group_ranks(group) == ranks:
+            return group
+    raise RuntimeError(
+        f"this SyncBatchNorm was saved with a process group of ranks {ranks}, and this program (world size "
+        f"{world.size()}) has no group of these ranks. Create it with dist.new_group({ranks}) before loading, or load "
+        "without torch.distributed initialized (plain batch norm), or save the state_dict instead of the module."
+    )
+
+
+# ---- the exchange
+
+
+class Link:
+    """One rank's end of a process group: makes exchanges, counts them, and dies with the group.
+
+    Attributes:
+        rank, size: in the group.
+        sees_each_rank: whether ``exchange`` returns each rank's payload, or only their sum.
+    """
+
+    sees_each_rank: bool
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self.rank: int = group.rank()
+        self.size: int = group.size()
+        self._device = device
+        self._ranks = group_ranks(group)
+        self._number = 0
+        self._dead: str | None = None
+
+    def exchange(self, payload: Tensor, call: Call) -> list[Tensor]:
+        """Give ``payload`` to all ranks of the group and get theirs.
+
+        Args:
+            payload: float64 vector of shape ``(width,)``, equal in width on all ranks.
+            call: what this exchange is for; must be the same on all ranks.
+
+        Returns:
+            Payloads of all ranks in rank order where ``sees_each_rank``, else a list of one: their sum. Valid until
+            the next exchange on this link.
+
+        Raises:
+            RankMismatchError: on every rank, if the ranks' calls differ.
+            PeerLostError: a rank did not take part.
+
+        Collectives:
+            One exchange with every peer, or one all-reduce of ``width + 6`` float64.
+        """
+        raise NotImplementedError
+
+    def refuse(self, call: Call, reason: str, width: int) -> None:
+        """Take part in an exchange that this rank cannot make, so that no peer waits for it.
+
+        Its peers raise RankMismatchError with ``reason``; the caller is to raise its own error after this returns.
+        """
+        raise NotImplementedError
+
+    def sum(self, payload: Tensor, call: Call) -> Tensor:
+        """The sum of ``payload`` over all ranks, added in rank order: a new tensor, equal in bits on all ranks."""
+        parts = self.exchange(payload, call)
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def _check_alive(self, call: Call, width: int) -> None:
+        if self._dead is not None:
+            raise PeerLostError(
+                f"{call.describe(width, self._number)}: this process group cannot be used any more: {self._dead}"
+            )
+
+    def _lost(self, error: BaseException, call: Call, width: int, started: float, missing: Sequence[int]) -> NoReturn:
+        waited = time.monotonic() - started
+        who = ""
+        if missing:
+            ranks = ", ".join(self._name_rank(rank) for rank in missing)
+            who = f" Not arrived: rank {ranks}."
+        self._dead = f"it lost a peer in {call.describe(width, self._number)}"
+        raise PeerLostError(
+            f"{call.describe(width, self._number)}: lost a peer after {waited:.1f} s.{who} This is rank "
+            f"{self._name_rank(self.rank)} of a group of {self.size} (global ranks {self._ranks}). "
+            f"The process group cannot be used again: end this process, or restart the job. The backend said: {error}"
+        ) from error
+
+    def _name_rank(self, rank: int) -> str:
+        return str(rank) if self._ranks[rank] == rank else f"{rank} (global {self._ranks[rank]})"
+
+
+class OneHop(Link):
+    """Send to and receive from every peer, under a reserved tag, into buffers sized for the widest message.
+
+    gloo delivers a short message into a long buffer, and aborts the process for a long one in a short buffer: so all
+    first messages go into buffers of one size, and the rest of a wider payload follows when all headers agree.
+    """
+
+    sees_each_rank = True
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        super().__init__(group, device)
+        self._backend = _backend(group, device)
+        self._bytes = bytearray((_HEAD + _FRAME) * 8 * self.size)
+        self._frames = torch.frombuffer(self._bytes, dtype=torch.float64).view(self.size, _HEAD + _FRAME)
+        self._peers = [(rank, [self._frames[rank]]) for rank in range(self.size) if rank != self.rank]
+        self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}  # per width: what is sent, and all payloads
+
+    def exchange(self, payload: Tensor, call: Call) -> list[Tensor]:
+        width = payload.numel()
+        self._check_alive(call, width)
+        mine = header.encode(call, width, self._number)
+        head = min(width, _FRAME)
+        message, parts = self._view(head)
+        self._bytes[self._offset(self.rank) : self._offset(self.rank) + header.SIZE] = mine
+        parts[self.rank].copy_(payload[:head] if width > head else payload)
+        self._swap(message, self._peers, call, width)
+        if _checks:
+            self._compare(mine)
+        if width > head:
+            parts = self._swap_rest(parts, payload, call)
+        self._number += 1
+        return parts if payload.device.type == "cpu" else [part.to(payload.device) for part in parts]
+
+    def refuse(self, call: Call, reason: str, width: int) -> None:
+        self._check_alive(call, width)
+        text = reason.encode()[: _FRAME * 8]
+        text += b"\0" * (-len(text) % 8)
+        refusal = call._replace(flags=call.flags | header.REFUSED)
+        start = self._offset(self.rank)
+        frame = header.encode(refusal, len(text) // 8, self._number) + text
+        self._bytes[start : start + len(frame)] = frame
+        self._swap(self._frames[self.rank, : len(frame) // 8], self._peers, call, width)
+        self._number += 1
+
+    def _swap(self, message: Tensor, peers: list[tuple[int, list[Tensor]]], call: Call, width: int) -> None:
+        """Send ``message`` to every peer and receive each peer's into its buffer; wait for all."""
+        started = time.monotonic()
+        missing = [rank for rank, _ in peers]
+        works: list[tuple[int, Any]] = []
+        try:
+            works = [(rank, self._backend.recv(buffer, rank, TAG)) for rank, buffer in peers]
+            sends = [self._backend.send([message], rank, TAG) for rank, _ in peers]
+            for rank, work in works:
+                work.wait()
+                missing.remove(rank)
+            for work in sends:
+                work.wait()
+        except RuntimeError as error:
+            for rank, work in works:  # those behind the one that failed may have come all the same
+                if rank in missing and rank != missing[0] and work.is_completed() and work.exception() is None:
+                    missing.remove(rank)
+            _graveyard.append((self._bytes, self._frames, message, peers, works))
+            self._lost(error, call, width, started, missing)
+
+    def _swap_rest(self, heads: list[Tensor], payload: Tensor, call: Call) -> list[Tensor]:
+        rest = payload[_FRAME:].to("cpu").contiguous()
+        rests = [torch.empty_like(rest) for _ in range(self.size)]
+        rests[self.rank] = rest
+        peers = [(rank, [rests[rank]]) for rank, _ in self._peers]
+        self._swap(rest, peers, call, payload.numel())
+        return [torch.cat(both) for both in zip(heads, rests, strict=True)]
+
+    def _compare(self, mine: bytes) -> None:
+        for rank, _ in self._peers:
+            start = self._offset(rank)
+            if self._bytes[start : start + header.SIZE] != mine:
+                self._raise_mismatch()
+
+    def _raise_mismatch(self) -> NoReturn:
+        headers: dict[int, bytes] = {}
+        reasons: dict[int, str] = {}
+        for rank in range(self.size):
+            start = self._offset(rank)
+            body = start + header.SIZE
+            headers[rank] = bytes(self._bytes[start:body])
+            decoded = header.decode(headers[rank])
+            if decoded is not None and decoded[0].flags & header.REFUSED:
+                text = bytes(self._bytes[body : body + decoded[1] * 8])
+                reasons[rank] = text.rstrip(b"\0").decode(errors="replace")
+        self._number += 1  # the exchange took place, on every rank
+        raise RankMismatchError(header.explain_mismatch(headers, reasons, self.rank))
+
+    def _offset(self, rank: int) -> int:
+        return rank * (_HEAD + _FRAME) * 8
+
+    def _view(self, width: int) -> tuple[Tensor, list[Tensor]]:
+        view = self._views.get(width)
+        if view is None:
+            message = self._frames[self.rank, : _HEAD + width]
+            view = message, [self._frames[rank, _HEAD : _HEAD + width] for rank in range(self.size)]
+            self._views[width] = view
+        return view
+
+
+class AllReduce(Link):
+    """One sum over all ranks, with slots that show whether the ranks agree.
+
+    The slots in front of the payload: t and t^2 of the header's 16-bit digest t, how many ranks refused their call and
+    the sum of these ranks' numbers plus one, likewise for ranks whose payload is not finite.
+    """
+
+    sees_each_rank = False
+    _SLOTS = 6
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        super().__init__(group, device)
+        self._group = weakref.ref(group)  # weak: links are kept per group
+        self._options = dist.AllreduceOptions()
+
+    def exchange(self, payload: Tensor, call: Call) -> list[Tensor]:
+        width = payload.numel()
+        self._check_alive(call, width)
+        t = float(header.digest(header.encode(call, width, self._number)))
+        message = self._reduce(payload, [t, t * t, 0.0, 0.0], call)
+        if _checks and message.device.type == "cpu":
+            self._check(message[: self._SLOTS].tolist(), call, width)
+        self._number += 1
+        return [message[self._SLOTS :]]
+
+    def refuse(self, call: Call, reason: str, width: int) -> None:
+        self._check_alive(call, width)
+        nothing = torch.zeros(width, dtype=torch.float64, device=self._device)
+        self._reduce(nothing, [0.0, 0.0, 1.0, self.rank + 1.0], call)
+        self._number += 1
+
+    def _reduce(self, payload: Tensor, slots: list[float], call: Call) -> Tensor:
+        message = payload.new_empty(self._SLOTS + payload.numel())
+        body = message[self._SLOTS :]
+        body.copy_(payload)
+        broken = (~torch.isfinite(body.sum())).to(message.dtype)
+        message[: self._SLOTS - 2] = torch.tensor(slots, dtype=message.dtype)
+        message[self._SLOTS - 2] = broken
+        message[self._SLOTS - 1] = broken * (self.rank + 1)
+        started = time.monotonic()
+        try:
+            group = self._group()
+            assert group is not None
+            group.allreduce([message], self._options).wait()
+        except RuntimeError as error:
+            _graveyard.append(message)
+            self._lost(error, call, payload.numel(), started, ())
+        return message
+
+    def _check(self, slots: list[float], call: Call, width: int) -> None:
+        t, squares, refused, refused_ranks = slots[:4]
+        if refused or self.size * squares != t * t:
+            self._number += 1  # the exchange took place, on every rank
+            mine = call.describe(width, self._number - 1)
+            if refused:
+                who = f"rank {refused_ranks - 1:.0f}" if refused == 1 else f"{refused:.0f} ranks"
+                raise RankMismatchError(
+                    f"{who} could not make the call that rank {self.rank} made ({mine}); the error is raised there. "
+                    "Nothing was exchanged; the group stays usable."
+                )
+            raise RankMismatchError(
+                f"ranks made different calls, so their statistics must not be mixed. This is rank {self.rank}: {mine}. "
+                "All ranks must run the same layers in the same order and mode; "
+                "syncbn.check_ranks_agree(model) compares the layers."
+            )
+
+
+_links: weakref.WeakKeyDictionary[Any, dict[str, Link]] = weakref.WeakKeyDictionary()
+
+
+def link(group: Any, device: torch.device) -> Link | None:
+    """This rank's link of a group for tensors of a device, made at its first use; None where there are no peers.
+
+    A link to a group of one rank exists only within ``forced()``.
+    """
+    if group is None:
+        return None
+    links = _links.setdefault(group, {})
+    known = links.get(device.type)
+    if known is None:
+        gloo = "gloo" in str(_backend(group, device).name()).lower()
+        way = OneHop if gloo and group.size() <= ONE_HOP_LIMIT else AllReduce
+        known = links[device.type] = way(group, device)
+    return known if known.size > 1 or _forced else None
+
+
+def must_synchronize(link: Link | None) -> bool:
+    """Whether a layer takes the synchronized path: there are peers, or a test asks for it (``forced``)."""
+    return link is not None or _forced
+
+
+def _backend(group: Any, device: torch.device) -> Any:
+    """The backend below a ProcessGroup: calling it directly saves the dispatcher's 10 us a call."""
+    try:
+        return group._get_backend(device)
+    except (AttributeError, RuntimeError):  # it is a backend already, or has none for this device
+        return group

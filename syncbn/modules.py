@@ -1,0 +1,167 @@
+"""The SyncBatchNorm module: state, momentum policy, and nothing of how ranks talk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn import functional
+from syncbn.comm import GroupHandle
+from syncbn.moments import Moments, update_running_stats
+from syncbn.recompute import recomputing
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalization over the global mini-batch: all ranks of a process group normalize alike.
+
+    Per channel, with n, mean and (biased) var over the inputs of all ranks::
+
+        y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
+        running_mean <- (1 - momentum) * running_mean + momentum * mean
+        running_var  <- (1 - momentum) * running_var  + momentum * var * n / (n - 1)
+
+    A drop-in for ``torch.nn.SyncBatchNorm`` on any device and backend: the keys and shapes of its ``state_dict`` are
+    those of ``torch.nn.BatchNorm*d``, both ways. Without a process group, or in one of one rank, it is
+    ``torch.nn.BatchNorm``. Running statistics are equal on all ranks of the group, bit for bit.
+
+    N ranks train like one process with the whole batch. If ranks bring different numbers of samples, this needs the
+    loss ``sum over the rank's samples * W / n_global`` under DDP's averaging: local mean losses give another gradient.
+
+    Args:
+        num_features: C of an input of shape ``(N, C, *)``.
+        eps: added to the variance.
+        momentum: weight of the new observation in the running statistics, as in PyTorch; None for the cumulative
+            average over all batches.
+        affine: learn ``weight`` and ``bias``, each of shape ``(C,)``.
+        track_running_stats: keep running statistics for eval mode; without them eval mode uses the statistics of the
+            local batch, as PyTorch does.
+        process_group: None (the default group at the time of the forward), a ``ProcessGroup``, a ``DeviceMesh`` of
+            one dimension, ``(DeviceMesh, dim)``, or an ``mpi4py.MPI.Comm``.
+        device, dtype: of parameters and buffers.
+        bias: with ``affine``, learn ``bias`` as well.
+        activation: None, or "relu" to apply it to the output (after the residual, if there is one).
+
+    Shape:
+        Input ``(N, C, *)`` with any number of further dimensions; N and ``*`` may differ between ranks, and N may be 0
+        on some. Output: shape, dtype and memory format of the input.
+
+    Raises:
+        ValueError: see ``forward``; and for an unknown activation, a group that this rank is not in, or a mesh of
+            several dimensions.
+
+    Collectives:
+        In training one exchange of 2C+1 float64 in forward, one of 2C in backward. None in eval mode.
+
+    >>> layer = SyncBatchNorm(3, activation="relu")
+    >>> layer(torch.randn(4, 3, 8, 8)).shape
+    torch.Size([4, 3, 8, 8])
+    """
+
+    activation: str | None = None
+    layer_name: str = ""
+    """Qualified name in its model, for errors and to tell layers apart; set by ``convert_sync_batchnorm``."""
+
+    _group = GroupHandle()
+    _origin: type[_BatchNorm] | None = None  # the class it was converted from
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        if activation not in functional.ACTIVATIONS:
+            raise ValueError(f"activation must be one of {functional.ACTIVATIONS}, got {activation!r}")
+        self.process_group = process_group
+        self.activation = activation
+
+    @property
+    def process_group(self) -> Any:
+        """The group to synchronize over; None for the default group. Any accepted form may be assigned."""
+        return self._group.get()
+
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        self._group = GroupHandle(process_group)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``activation(batch_norm(input) + residual)``.
+
+        Args:
+            input: shape ``(N, C, *)``, any float dtype and layout.
+            residual: added before the activation; the shape of ``input``.
+
+        Returns:
+            Tensor of the shape, dtype and memory format of ``input``.
+
+        Raises:
+            ValueError: C differs from num_features, fewer than 2 dimensions, an integer input, or a residual of another
+                shape: on this rank, while its peers raise RankMismatchError. A global batch with one value per
+                channel: on every rank. Running statistics are untouched then.
+            RankMismatchError: the ranks made different calls; on every rank.
+            PeerLostError: a rank did not take part.
+
+        Collectives:
+            In training one exchange of 2C+1 float64, and one of 2C in backward; none in eval mode.
+        """
+        return self._normalize(input, residual)
+
+    def _normalize(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        uses_running = self.track_running_stats or not self.training  # as in PyTorch
+        remembers = self.training and uses_running and self.running_mean is not None and not recomputing()
+        return functional.batch_norm(
+            input,
+            self.running_mean if uses_running else None,
+            self.running_var if uses_running else None,
+            self.weight,
+            self.bias,
+            residual,
+            training=self.training,
+            eps=self.eps,
+            group=self._group.resolve(),
+            activation=self.activation,
+            remember=self._remember if remembers else None,
+            local_momentum=self.momentum,
+            channels=self.num_features,
+            layer=self.layer_name,
+            check=self._check_input_dim,
+        )
+
+    def _remember(self, moments: Moments | None) -> None:
+        """Count the batch and move the running statistics; None if torch has moved them already."""
+        if moments is None or moments.mean.device.type == "cpu":
+            counts: Tensor | int = 1 if moments is None or moments.n.item() > 0 else 0
+        else:
+            counts = moments.n > 0  # an empty global batch is none, and reading the count would wait
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(counts)
+        if moments is not None:
+            update_running_stats(self.running_mean, self.running_var, moments, self._momentum())
+
+    def _momentum(self) -> float | Tensor:
+        if self.momentum is not None:
+            return self.momentum
+        if self.num_batches_tracked is None:
+            return 0.0
+        return self.num_batches_tracked.clamp(min=1).double().reciprocal_()
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        # A converted BatchNorm2d goes on refusing what is not 4-D.
+        if self._origin is not None:
+            self._origin._check_input_dim(self, input)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
