@@ -3,12 +3,14 @@
 from syncbn import functional
 from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.header import PeerLostError, RankMismatchError
+from syncbn.manifest import check_ranks_agree
 from syncbn.modules import SyncBatchNorm
 
 __all__ = [
     "PeerLostError",
     "RankMismatchError",
     "SyncBatchNorm",
+    "check_ranks_agree",
     "convert_sync_batchnorm",
     "functional",
     "revert_sync_batchnorm",

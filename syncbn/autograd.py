@@ -68,11 +68,15 @@ class Plan:
 
     def _share(self, packed: Tensor) -> Moments:
         if self.link is None:
-            return moments.unpack(packed)
+            return moments.look(moments.unpack(packed))
         parts = self.link.exchange(packed, Call(self.kind, self.layer, self.flags))
         if self.link.sees_each_rank:
-            return moments.merge([moments.unpack(part) for part in parts])
-        return moments.unpack_raw(parts[0])
+            total = moments.look(moments.merge([moments.unpack(part) for part in parts]))
+        else:
+            total = moments.look(moments.unpack_raw(parts[0]))
+        if total.finite is False:
+            self.link.warn_broken(parts, self.layer)
+        return total
 
     def sum(self, payload: Tensor, kind: int) -> Tensor:
         """The sum of a float64 vector over all ranks."""
@@ -114,6 +118,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, mean, invstd, count = ctx.saved_tensors
+        dx: Tensor | None = None
+        dweight: Tensor | None = None
+        dbias: Tensor | None = None
         if grad is None:
             grad = torch.zeros_like(x)  # this rank uses no output, but its peers wait for its sums
         needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
@@ -125,7 +132,6 @@ class SyncBatchNormFunction(torch.autograd.Function):
             g = grad
             if ctx.plan.relu:
                 g = kernels.relu_gradient(grad, x, mean, invstd, weight, bias, residual)
-            dx = dweight = dbias = None
             if needs_x or needs_weight or needs_bias:
                 sums = kernels.gradient_sums(g, x, mean, invstd)
                 dbias, dweight = sums[: mean.numel()], sums[mean.numel() :]

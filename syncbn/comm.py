@@ -8,15 +8,20 @@ the number of exchanges made, and whether the group is still alive. Two ways:
   error that names both sides; a peer in some other collective gives a timeout and never mixed numbers.
 * ``AllReduce`` (NCCL, MPI, larger worlds): one all-reduce, with check slots in the message.
 
-Both give equal bits on all ranks. Checks can be switched off with ``SYNCBN_CHECKS=off`` in the environment (alike on
-all ranks is not required: the messages are the same).
+Both give equal bits on all ranks. ``SYNCBN_CHECKS`` in the environment: ``on`` (default), ``off`` (headers still travel
+and are not compared; may differ between ranks), ``sync`` (as on, and wait for a device to check in the same call).
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import math
 import os
+import struct
+import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -39,7 +44,11 @@ _FRAME = 16384
 
 _HEAD = header.SIZE // 8
 
-_checks = os.environ.get("SYNCBN_CHECKS", "on").lower() not in ("off", "0", "false")
+_POST_MORTEM = 0.5  # seconds that a rank waits, after a failure, to hear which others are left
+
+_checks = os.environ.get("SYNCBN_CHECKS", "on").lower()
+if _checks not in ("on", "off", "sync"):
+    raise ValueError(f"SYNCBN_CHECKS must be on, off or sync, got {_checks!r}")
 _forced = False
 _graveyard: list[Any] = []  # buffers that a lost peer may still write to: never freed
 
@@ -209,6 +218,7 @@ class Link:
         self._ranks = group_ranks(group)
         self._number = 0
         self._dead: str | None = None
+        self._warned: set[str] = set()
 
     def exchange(self, payload: Tensor, call: Call) -> list[Tensor]:
         """Give ``payload`` to all ranks of the group and get theirs.
@@ -237,6 +247,10 @@ class Link:
         """
         raise NotImplementedError
 
+    def broken_ranks(self, parts: Sequence[Tensor]) -> str:
+        """Which ranks brought a payload that is not finite to the exchange that gave ``parts``, for a message."""
+        raise NotImplementedError
+
     def sum(self, payload: Tensor, call: Call) -> Tensor:
         """The sum of ``payload`` over all ranks, added in rank order: a new tensor, equal in bits on all ranks."""
         parts = self.exchange(payload, call)
@@ -244,6 +258,18 @@ class Link:
         for part in parts[1:]:
             total += part
         return total
+
+    def warn_broken(self, parts: Sequence[Tensor], layer: str) -> None:
+        """Warn, once per layer, that statistics are not finite, and name the ranks that brought them."""
+        if layer not in self._warned:
+            self._warned.add(layer)
+            warnings.warn(
+                f"batch statistics of {f'layer {layer!r}' if layer else 'a layer without a name'} are not finite; they "
+                f"came from {self.broken_ranks(parts)}. The output is not finite either; running statistics keep "
+                "their last finite values. (Said once per layer.)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _check_alive(self, call: Call, width: int) -> None:
         if self._dead is not None:
@@ -294,7 +320,7 @@ class OneHop(Link):
         self._bytes[self._offset(self.rank) : self._offset(self.rank) + header.SIZE] = mine
         parts[self.rank].copy_(payload[:head] if width > head else payload)
         self._swap(message, self._peers, call, width)
-        if _checks:
+        if _checks != "off":
             self._compare(mine)
         if width > head:
             parts = self._swap_rest(parts, payload, call)
@@ -311,6 +337,10 @@ class OneHop(Link):
         self._bytes[start : start + len(frame)] = frame
         self._swap(self._frames[self.rank, : len(frame) // 8], self._peers, call, width)
         self._number += 1
+
+    def broken_ranks(self, parts: Sequence[Tensor]) -> str:
+        broken = [rank for rank, part in enumerate(parts) if not torch.isfinite(part).all()]
+        return "rank " + ", ".join(self._name_rank(rank) for rank in broken)
 
     def _swap(self, message: Tensor, peers: list[tuple[int, list[Tensor]]], call: Call, width: int) -> None:
         """Send ``message`` to every peer and receive each peer's into its buffer; wait for all."""
@@ -373,70 +403,158 @@ class OneHop(Link):
 
 
 class AllReduce(Link):
-    """One sum over all ranks, with slots that show whether the ranks agree.
+    """One sum over all ranks, with slots in front of the payload that show whether the ranks agree.
 
-    The slots in front of the payload: t and t^2 of the header's 16-bit digest t, how many ranks refused their call and
-    the sum of these ranks' numbers plus one, likewise for ranks whose payload is not finite.
+    The slots: t and t^2 of the header's 16-bit digest t; how many ranks refused their call, and the sum of their
+    numbers plus one; likewise for the ranks whose payload is not finite. Messages are padded to a multiple of
+    ``_BUCKET``, so that ranks in layers of different widths get an error instead of an abort inside the collective
+    (not for groups written in Python, whose collectives raise by themselves).
+
+    On a CPU the slots are checked at once. On a device that would wait for it: there they are copied to the host in the
+    background and looked at in later exchanges, as soon as they have arrived; ``SYNCBN_CHECKS=sync`` checks at once.
     """
 
     sees_each_rank = False
-    _SLOTS = 6
+    _SLOTS = struct.Struct("<6d")
+    _HEAD = 6
+    _BUCKET = 1024
 
     def __init__(self, group: Any, device: torch.device) -> None:
         super().__init__(group, device)
         self._group = weakref.ref(group)  # weak: links are kept per group
         self._options = dist.AllreduceOptions()
+        self._bucket = 1 if _is_python_group(group) else self._BUCKET
+        self._messages: dict[int, tuple[bytearray, Tensor, Tensor]] = {}  # per width, for a CPU
+        self._constants: dict[tuple[Call, int], Tensor] = {}  # slots on a device
+        self._late: collections.deque[tuple[Any, Tensor, Call, int, int]] = collections.deque()
+        self._broken = (0.0, 0.0)
 
     def exchange(self, payload: Tensor, call: Call) -> list[Tensor]:
-        width = payload.numel()
-        self._check_alive(call, width)
-        t = float(header.digest(header.encode(call, width, self._number)))
-        message = self._reduce(payload, [t, t * t, 0.0, 0.0], call)
-        if _checks and message.device.type == "cpu":
-            self._check(message[: self._SLOTS].tolist(), call, width)
+        self._check_alive(call, payload.numel())
+        body = (self._on_cpu if self._device.type == "cpu" else self._on_device)(payload, call)
         self._number += 1
-        return [message[self._SLOTS :]]
+        return [body]
 
     def refuse(self, call: Call, reason: str, width: int) -> None:
         self._check_alive(call, width)
-        nothing = torch.zeros(width, dtype=torch.float64, device=self._device)
-        self._reduce(nothing, [0.0, 0.0, 1.0, self.rank + 1.0], call)
+        message = torch.zeros(self._length(width), dtype=torch.float64, device=self._device)
+        message[2], message[3] = 1.0, self.rank + 1.0
+        self._reduce(message, call, width)
         self._number += 1
 
-    def _reduce(self, payload: Tensor, slots: list[float], call: Call) -> Tensor:
-        message = payload.new_empty(self._SLOTS + payload.numel())
-        body = message[self._SLOTS :]
+    def broken_ranks(self, parts: Sequence[Tensor]) -> str:
+        count, numbers = self._broken
+        return f"rank {int(numbers) - 1}" if count == 1 else f"{int(count)} ranks of {self.size}"
+
+    def _on_cpu(self, payload: Tensor, call: Call) -> Tensor:
+        width = payload.numel()
+        if width not in self._messages:
+            raw = bytearray(self._length(width) * 8)
+            message = torch.frombuffer(raw, dtype=torch.float64)
+            self._messages[width] = raw, message, message[self._HEAD : self._HEAD + width]
+        raw, message, body = self._messages[width]
         body.copy_(payload)
-        broken = (~torch.isfinite(body.sum())).to(message.dtype)
-        message[: self._SLOTS - 2] = torch.tensor(slots, dtype=message.dtype)
-        message[self._SLOTS - 2] = broken
-        message[self._SLOTS - 1] = broken * (self.rank + 1)
+        t = float(header.digest(header.encode(call, width, self._number)))
+        broken = 0.0 if math.isfinite(body.sum().item()) else 1.0
+        self._SLOTS.pack_into(raw, 0, t, t * t, 0.0, 0.0, broken, broken * (self.rank + 1))
+        self._reduce(message, call, width)
+        slots = self._SLOTS.unpack_from(raw)
+        self._broken = slots[4:]
+        if _checks != "off":
+            self._check(slots, call, width, self._number)
+        return body
+
+    def _on_device(self, payload: Tensor, call: Call) -> Tensor:
+        width = payload.numel()
+        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not capturing:
+            self._check_late()
+        constant = self._constants.get((call, width))
+        if constant is None:  # the call's number is left out: a new value each time would be a copy from the host
+            t = float(header.digest(header.encode(call, width, 0)))
+            constant = torch.tensor([t, t * t, 0.0, 0.0], dtype=torch.float64, device=self._device)
+            self._constants[call, width] = constant
+        message = torch.zeros(self._length(width), dtype=torch.float64, device=self._device)
+        body = message[self._HEAD : self._HEAD + width]
+        body.copy_(payload)
+        message[:4] = constant
+        broken = (~torch.isfinite(payload.sum())).to(torch.float64)
+        message[4], message[5] = broken, broken * (self.rank + 1)
+        self._reduce(message, call, width)
+        if _checks == "sync" and not capturing:
+            self._check(tuple(message[: self._HEAD].tolist()), call, width, self._number)
+        elif _checks == "on" and not capturing:
+            self._check_later(message[: self._HEAD], call, width)
+        return body
+
+    def _check_later(self, slots: Tensor, call: Call, width: int) -> None:
+        on_host = torch.empty(self._HEAD, dtype=torch.float64, pin_memory=True)
+        on_host.copy_(slots, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._late.append((arrived, on_host, call, width, self._number))
+
+    def _check_late(self) -> None:
+        while self._late and self._late[0][0].query():
+            _, slots, call, width, number = self._late.popleft()
+            self._check(tuple(slots.tolist()), call, width, number)
+
+    def _length(self, width: int) -> int:
+        return -(-(self._HEAD + width) // self._bucket) * self._bucket
+
+    def _reduce(self, message: Tensor, call: Call, width: int) -> None:
+        group = self._group()
+        assert group is not None
         started = time.monotonic()
         try:
-            group = self._group()
-            assert group is not None
             group.allreduce([message], self._options).wait()
         except RuntimeError as error:
             _graveyard.append(message)
-            self._lost(error, call, payload.numel(), started, ())
-        return message
+            self._lost(error, call, width, started, _silent_ranks(group, self._number))
 
-    def _check(self, slots: list[float], call: Call, width: int) -> None:
+    def _check(self, slots: Sequence[float], call: Call, width: int, number: int) -> None:
         t, squares, refused, refused_ranks = slots[:4]
-        if refused or self.size * squares != t * t:
+        if not refused and self.size * squares == t * t:
+            return
+        if number == self._number:
             self._number += 1  # the exchange took place, on every rank
-            mine = call.describe(width, self._number - 1)
-            if refused:
-                who = f"rank {refused_ranks - 1:.0f}" if refused == 1 else f"{refused:.0f} ranks"
-                raise RankMismatchError(
-                    f"{who} could not make the call that rank {self.rank} made ({mine}); the error is raised there. "
-                    "Nothing was exchanged; the group stays usable."
-                )
+        mine = call.describe(width, number)
+        if refused:
+            who = f"rank {refused_ranks - 1:.0f}" if refused == 1 else f"{refused:.0f} ranks"
             raise RankMismatchError(
-                f"ranks made different calls, so their statistics must not be mixed. This is rank {self.rank}: {mine}. "
-                "All ranks must run the same layers in the same order and mode; "
-                "syncbn.check_ranks_agree(model) compares the layers."
+                f"{who} could not make the call that rank {self.rank} made ({mine}); the error is raised there. "
+                "Nothing was exchanged; the group stays usable."
             )
+        raise RankMismatchError(
+            f"ranks made different calls, so their statistics must not be mixed. This is rank {self.rank}: {mine}. "
+            "All ranks must run the same layers in the same order and mode; "
+            "syncbn.check_ranks_agree(model) compares the layers."
+        )
+
+
+def _silent_ranks(group: Any, number: int) -> list[int]:
+    """After a failure: the ranks that do not say, through the group's store, that they came as far as this rank.
+
+    Best effort, within ``_POST_MORTEM`` seconds, in a thread of its own: the store may have died with a rank.
+    """
+    rank, size = group.rank(), group.size()
+    silent: list[int] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            store = group.get_group_store()
+            store.set(f"syncbn/failed/{number}/{rank}", "1")
+            deadline = time.monotonic() + 0.8 * _POST_MORTEM
+            missing = [r for r in range(size) if r != rank]
+            while missing and time.monotonic() < deadline:
+                time.sleep(0.02)
+                missing = [r for r in missing if not store.check([f"syncbn/failed/{number}/{r}"])]
+            silent.extend(missing)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_POST_MORTEM)
+    return list(silent)
 
 
 _links: weakref.WeakKeyDictionary[Any, dict[str, Link]] = weakref.WeakKeyDictionary()
@@ -469,3 +587,8 @@ def _backend(group: Any, device: torch.device) -> Any:
         return group._get_backend(device)
     except (AttributeError, RuntimeError):  # it is a backend already, or has none for this device
         return group
+
+
+def _is_python_group(group: Any) -> bool:
+    """Whether the group is written in Python, as the mpi4py backend is."""
+    return type(group) is not dist.ProcessGroup and isinstance(group, dist.ProcessGroup)

@@ -103,11 +103,11 @@ def revert_sync_batchnorm(module: M) -> M:
     Collectives:
         None.
     """
-    layer: Any
-    for layer in module.modules():
+    layers: list[Any] = list(module.modules())
+    for layer in layers:
         if isinstance(layer, nn.SyncBatchNorm):
             layer.__dict__.pop("process_group", None)
-            layer.__class__ = LocalBatchNorm
+            layer.__class__ = LocalBatchNorm  # type: ignore[assignment]
         elif isinstance(layer, SyncBatchNorm):
             origin: Any = layer._origin or LocalBatchNorm
             if isinstance(layer, LazySyncBatchNorm):

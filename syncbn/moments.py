@@ -39,11 +39,13 @@ class Moments(NamedTuple):
             wait for the device).
         mean: shape ``(C,)``; zero where the count is zero.
         m2: shape ``(C,)``, sum of squared deviations from ``mean``; zero where the count is zero.
+        finite: whether all of them are finite; None where nobody looked, because that would wait for the device.
     """
 
     n: Tensor
     mean: Tensor
     m2: Tensor
+    finite: bool | None = None
 
     @property
     def var(self) -> Tensor:
@@ -71,7 +73,7 @@ def unpack_raw(packed: Tensor) -> Moments:
 
     ``m2 = Q - S^2 / n`` is clamped at zero: rounding may take it below.
     """
-    count, total, squares = unpack(packed)
+    count, total, squares, _ = unpack(packed)
     mean = total / count.clamp(min=1.0)
     # (clamp would turn NaN into NaN as well: non-finite statistics stay visible.)
     m2 = torch.addcmul(squares, mean, total, value=-1.0).clamp_(min=0.0)
@@ -84,7 +86,7 @@ def merge(parts: Sequence[Moments]) -> Moments:
     Returns:
         New tensors, except that a single part is returned as it is.
     """
-    n, mean, m2 = parts[0]
+    n, mean, m2, _ = parts[0]
     for other in parts[1:]:
         union = n + other.n
         weight = other.n / union.clamp(min=1.0)
@@ -93,6 +95,14 @@ def merge(parts: Sequence[Moments]) -> Moments:
         m2 = torch.addcmul(m2 + other.m2, delta * delta, n * weight)
         n = union
     return Moments(n, mean, m2)
+
+
+def look(moments: Moments) -> Moments:
+    """The same, knowing whether all is finite, where looking costs nothing: on a CPU."""
+    if moments.mean.device.type != "cpu":
+        return moments
+    # One sum finds any NaN or infinity; finite values whose sum overflows float64 are as useless as these.
+    return moments._replace(finite=math.isfinite(torch.add(moments.mean, moments.m2).sum().item()))
 
 
 def update_running_stats(
@@ -116,12 +126,10 @@ def update_running_stats(
     if running_mean is None or running_var is None:
         return
     mean, var = moments.mean, moments.unbiased_var
-    if mean.device.type == "cpu":  # reading is free here, and most batches need no masks
-        if moments.n.item() == 0:
-            return
-        finite = math.isfinite(torch.add(mean, var).sum().item())
-        keep = None if finite else ~(torch.isfinite(mean) & torch.isfinite(var))
-    else:
+    if mean.device.type == "cpu" and moments.n.item() == 0:  # reading is free here
+        return
+    keep = None
+    if not moments.finite:
         keep = ~(torch.isfinite(mean) & torch.isfinite(var) & (moments.n > 0))
     for running, batch in ((running_mean, mean), (running_var, var)):
         if keep is not None:

@@ -1,0 +1,109 @@
+"""Compare the synchronized layers of all ranks before they meet in a collective."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from syncbn import comm
+from syncbn.convert import layer_name
+from syncbn.header import RankMismatchError
+from syncbn.modules import SyncBatchNorm
+
+
+def check_ranks_agree(model: nn.Module, process_group: Any = None) -> None:
+    """Compare the ordered list of synchronized layers over the ranks, and raise on all of them if it differs.
+
+    Compared per layer: qualified name, class, number of features, eps, momentum, affine, bias, running statistics,
+    training mode, activation, and the size of its own process group if it has one. Each layer without a name gets its
+    qualified name here, by which later errors call it.
+
+    Call it once, on every rank, after building and converting the model: in a program where it passed, layers of
+    different widths can only meet if ranks run their layers in different order, which the headers of the exchanges
+    catch. ``convert_sync_batchnorm`` does not call it, since a rank may convert a model of its own (an average, an
+    evaluation copy) and would wait for the others.
+
+    Args:
+        model: with ``SyncBatchNorm`` layers anywhere in it.
+        process_group: the ranks to compare; as in ``SyncBatchNorm``.
+
+    Raises:
+        RankMismatchError: on every rank, with the first difference, both sides and their ranks.
+
+    Collectives:
+        Two all_gathers on the group (sizes, then the lists); none where there is no group.
+    """
+    mine = _manifest(model)
+    group = comm.resolve_group(process_group)
+    if group is None or group.size() == 1:
+        return
+    every = _gather([json.dumps(line) for line in mine], group)
+    for position in range(max(len(lines) for lines in every)):
+        sides: dict[str, list[int]] = {}
+        for rank, lines in enumerate(every):
+            line = lines[position] if position < len(lines) else "no further layer"
+            sides.setdefault(line, []).append(rank)
+        if len(sides) > 1:
+            told = "; ".join(f"rank {', '.join(map(str, ranks))}: {line}" for line, ranks in sides.items())
+            raise RankMismatchError(
+                f"the synchronized layers differ between ranks, first at position {position}: {told}. "
+                f"(Compared over global ranks {comm.group_ranks(group)}; the model has {len(mine)} synchronized "
+                "layers here.) Build the same model, in the same mode, on every rank."
+            )
+
+
+def _manifest(model: nn.Module) -> list[dict[str, Any]]:
+    lines = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, SyncBatchNorm):
+            layer.layer_name = layer.layer_name or layer_name(name)
+            group = layer.process_group
+            lines.append(
+                {
+                    "name": layer_name(name),
+                    "class": type(layer).__name__,
+                    "num_features": layer.num_features,
+                    "eps": layer.eps,
+                    "momentum": layer.momentum,
+                    "affine": layer.affine,
+                    "bias": layer.bias is not None,
+                    "track_running_stats": layer.track_running_stats,
+                    "training": layer.training,
+                    "activation": layer.activation,
+                    "group_size": None if group is None else group.size(),
+                }
+            )
+    return lines
+
+
+def _gather(lines: list[str], group: dist.ProcessGroup) -> list[list[str]]:
+    """All ranks' lines in rank order. Works on groups that torch.distributed does not know by name."""
+    device = torch.device("cuda" if _needs_cuda(group) else "cpu")
+    text = "\n".join(lines).encode()
+    sizes = _all_gather(torch.tensor([len(text)], device=device), group)
+    widest = int(max(int(size.item()) for size in sizes))
+    padded = torch.zeros(max(widest, 1), dtype=torch.uint8)
+    if text:
+        padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    texts = _all_gather(padded.to(device), group)
+    return [
+        bytes(part[: int(size.item())].tolist()).decode().splitlines() for part, size in zip(texts, sizes, strict=True)
+    ]
+
+
+def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    group.allgather([parts], [tensor]).wait()
+    return parts
+
+
+def _needs_cuda(group: dist.ProcessGroup) -> bool:
+    try:
+        group._get_backend(torch.device("cpu"))
+    except (AttributeError, RuntimeError):
+        return torch.cuda.is_available()
+    return False
