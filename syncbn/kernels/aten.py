@@ -1,35 +1,87 @@
-"""The per-rank arithmetic of synchronized batch normalization on any ATen device."""
+"""The per-rank arithmetic of synchronized batch normalization on ATen operations: CPU, and any other device.
+
+Shapes and dtypes, for all functions. Tensors like the input are `(N, C, *)`, two or more dimensions, any
+strides, possibly empty, float16, bfloat16, float32 or float64; per-channel statistics are float64 `(C,)`.
+Element-wise work is done in the *opmath* dtype: float64 for float64 input, else float32. Nothing here reads a
+value back to the host, and for a given shape, layout and number of threads the results are deterministic.
+
+Two layouts are worked on without a copy. *Columns*: channels are innermost in memory (2-D input,
+channels_last, pooled maps), seen as a matrix (elements, C). *Rows*: the default layout, seen as a matrix
+(N * C, positions). Inputs larger than the cache are worked on in slices of matrix rows, over which several
+operations pass while they are in it; on CPU the only temporaries have the size of a slice.
+
+Why these operations (`benchmarks/kernels.py` prints the candidates with their errors):
+
+* Every element is centred in opmath, `d = x - pivot`, with the pivot rounded to opmath and its remainder
+  folded into per-channel float64 vectors. Without that, `alpha * x + beta` loses digits as mean / std grows.
+* Two sums in one read come from `native_batch_norm_backward` in evaluation mode with unit variance, which
+  returns `(sum a * (b - pivot), sum a)`: vectorized in both layouts, where PyTorch's own statistics are not.
+* Its float32 partial sums run over at most a slice; slices are added in float64.
+* Broadcast operands that are constant along the inner dimension are vectorized only one at a time, hence
+  `mul_` and `add_` for rows where columns take one `addcmul`.
+* Small inputs are converted to float64 and summed directly: fewer calls, which is all that counts there.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 __all__ = ["gradient_sums", "input_gradient", "moments", "normalize", "relu_gradient"]
 
+# Bytes of opmath a thread takes at a time: within its share of the cache, large against the cost of a call.
+_SLICE_BYTES = 1 << 21
+# Longest run along which float32 partial sums are trusted; beyond it they are added in float64.
+_MAX_RUN = 1 << 14
+# Up to this many elements, the fewest calls win over the fewest bytes.
+_SMALL = 1 << 16
 
-def _opmath(x: Tensor) -> torch.dtype:
-    """float64 for float64 input, else float32."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
-def _spread(vector: Tensor, x: Tensor) -> Tensor:
-    return vector.to(_opmath(x)).view(-1, *[1] * (x.dim() - 2))
+_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
+_threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
 
 def moments(x: Tensor, *, raw: bool = False) -> Tensor:
-    """Local moments per channel: `(count, mean, m2)`, or `(count, sum x, sum x^2)` with `raw`."""
-    channels = x.shape[1]
-    packed = x.new_zeros(2 * channels + 1, dtype=torch.float64)
+    """Local moments per channel: `(count, mean, m2)`, or `(count, sum x, sum x^2)` with `raw`.
+
+    With a local pivot p and `d = x - p`: `mean = p + sum(d) / n`, `m2 = sum(d^2) - sum(d)^2 / n`, and the raw
+    sums are `n * mean` and `m2 + n * mean^2` in float64. The pivot is the mean of an eighth of the elements:
+    for any data the squared distance of such a mean from the full mean is at most seven variances, so the
+    subtraction costs less than one digit.
+
+    Args:
+        x: Input of shape `(N, C, *)`.
+        raw: Pack raw sums, which add up over ranks, instead of the mean and the centred sum of squares.
+
+    Returns:
+        float64 vector of length `2C + 1`: the elements per channel, then two per channel. Zeros if empty.
+    """
     if x.numel() == 0:
-        return packed
-    count = x.numel() // channels
+        return x.new_zeros(2 * x.shape[1] + 1, dtype=torch.float64)
+    count = x.numel() // x.shape[1]
+    if x.numel() <= _SMALL and x.dtype is not torch.float64:
+        return _small_moments(x, count, raw)
+    pivot, total, square = _centred_sums(x)
+    shifted = torch.add(total, pivot, alpha=count)
+    if raw:
+        first, second = shifted, square.addcmul(pivot, total + shifted)
+    else:
+        first, second = shifted / count, square.addcmul(total, total, value=-1 / count).clamp_(min=0)
+    return torch.cat((pivot.new_full((1,), count), first, second))
+
+
+def _small_moments(x: Tensor, count: int, raw: bool) -> Tensor:
+    """`moments` in float64 throughout, in as few calls as possible."""
+    channels = x.shape[1]
     dims = [0, *range(2, x.dim())]
-    mean = x.sum(dims, dtype=torch.float64) / count
-    pivot = mean.to(_opmath(x))
-    centred = x - pivot.view(-1, *[1] * (x.dim() - 2))
-    m2 = centred.square().sum(dims, dtype=torch.float64) - count * (mean - pivot).square()
-    packed[0] = count
-    packed[1 : channels + 1] = count * mean if raw else mean
-    packed[channels + 1 :] = m2 + count * mean.square() if raw else m2
+    wide = x.to(torch.float64)
+    packed = wide.new_full((2 * channels + 1,), count)
+    first, second = packed[1 : channels + 1], packed[channels + 1 :]
+    torch.sum(wide, dims, out=first)
+    torch.sum(wide.square_(), dims, out=second)
+    if not raw:
+        first.div_(count)
+        second.addcmul_(first, first, value=-count).clamp_(min=0)
     return packed
 
 
@@ -42,46 +94,24 @@ def normalize(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """`y = act((x - mean) * invstd * weight + bias + residual)`, in the dtype and memory layout of x."""
-    scale = invstd if weight is None else invstd * weight
-    pivot = mean.to(_opmath(x))
-    shift = (pivot - mean) * scale
-    if bias is not None:
-        shift = shift + bias
-    y = torch.addcmul(_spread(shift, x), x - _spread(pivot, x), _spread(scale, x))
-    if residual is not None:
-        y = y.add_(residual)
-    if relu:
-        y = y.relu_()
-    return torch.empty_like(x).copy_(y)
+    """`y = act((x - mean) * invstd * weight + bias + residual)`, in the dtype and memory layout of x.
 
+    Args:
+        x: Input of shape `(N, C, *)`.
+        mean: float64 `(C,)`.
+        invstd: float64 `(C,)`, `1 / sqrt(var + eps)`.
+        weight: `(C,)` of any floating dtype, or None for ones.
+        bias: `(C,)` of any floating dtype, or None for zeros.
+        residual: Added before the activation; same shape as x, or None.
+        relu: Whether `act` is the rectifier instead of the identity.
 
-def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """`(sum g, sum g * xhat)` per channel, with `xhat = (x - mean) * invstd`."""
-    dims = [0, *range(2, x.dim())]
-    pivot = mean.to(_opmath(x))
-    sum_g = grad.sum(dims, dtype=torch.float64)
-    dot = (grad * (x - _spread(pivot, x))).sum(dims, dtype=torch.float64)
-    return torch.cat([sum_g, (dot + (pivot - mean) * sum_g) * invstd])
-
-
-def input_gradient(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    sums: Tensor,
-    count: Tensor,
-) -> Tensor:
-    """`dx = weight * invstd * (g - sum_g / n - xhat * sum_gxhat / n)`, in the dtype and layout of x."""
-    sum_g, sum_gxhat = (sums / count.clamp(min=1)).chunk(2)
-    scale = invstd if weight is None else invstd * weight
-    pivot = mean.to(_opmath(x))
-    slope = -scale * invstd * sum_gxhat
-    shift = (pivot - mean) * slope - scale * sum_g
-    dx = torch.addcmul(_spread(shift, x), x - _spread(pivot, x), _spread(slope, x))
-    return torch.empty_like(x).copy_(dx.addcmul_(grad.to(_opmath(x)), _spread(scale, x)))
+    Returns:
+        Tensor with the shape, dtype and layout of x.
+    """
+    y = torch.empty_like(x)
+    if x.numel() > 0:
+        _write_output(y, x, mean, invstd, weight, bias, residual, relu=relu)
+    return y
 
 
 def relu_gradient(
@@ -93,6 +123,256 @@ def relu_gradient(
     bias: Tensor | None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Gradient before the rectifier: `grad` where the recomputed output is positive or NaN, else zero."""
-    output = normalize(x, mean, invstd, weight, bias, residual)
-    return torch.ops.aten.threshold_backward(grad, output, 0)
+    """Gradient before the rectifier: `grad` where the recomputed output is positive or NaN, else zero.
+
+    The output is recomputed slice by slice by the very operations of `normalize`, so the sign is that of the
+    forward pass to the last bit, and nothing but x (and the residual) has to be kept for the backward pass.
+
+    Args:
+        grad: Gradient of the loss with respect to the rectified output, shape of x.
+        x: Input of shape `(N, C, *)`; the other arguments are those of `normalize`.
+
+    Returns:
+        Tensor with the shape, dtype and layout of x.
+    """
+    masked = torch.empty_like(x)
+    if x.numel() > 0:
+        _write_output(masked, x, mean, invstd, weight, bias, residual, grad=grad)
+    return masked
+
+
+def _write_output(
+    out: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    relu: bool = False,
+    grad: Tensor | None = None,
+) -> None:
+    """Write into out the (rectified) output, or if given `grad`, masked by the sign of the output."""
+    opmath = _opmath(x)
+    scale = invstd if weight is None else invstd * weight
+    pivot = mean.to(opmath)
+    shift = (pivot - mean) * scale if bias is None else torch.addcmul(bias, pivot - mean, scale)
+    operands = [x, out, *(t for t in (residual, grad) if t is not None)]
+    for piece, target, *extra, p, a, b in _pieces(operands, (pivot, scale.to(opmath), shift.to(opmath))):
+        y = target if x.dtype is opmath else torch.empty_like(piece, dtype=opmath)
+        torch.sub(piece, p, out=y)
+        _scale_and_shift(y, a, b)
+        if residual is not None:
+            y += extra[0]
+        if relu:
+            y.relu_()
+        if y is not target:
+            target.copy_(y)
+        if grad is not None:
+            _threshold_backward(extra[-1].to(x.dtype), target, 0, grad_input=target)
+
+
+def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """`(sum g, sum g * xhat)` per channel, with `xhat = (x - mean) * invstd`.
+
+    Args:
+        grad: Gradient of the loss with respect to the normalized output, shape of x.
+        x: Input of shape `(N, C, *)`.
+        mean: float64 `(C,)`.
+        invstd: float64 `(C,)`.
+
+    Returns:
+        float64 vector of length `2C`. Zeros if empty.
+    """
+    channels = x.shape[1]
+    if x.numel() == 0:
+        return x.new_zeros(2 * channels, dtype=torch.float64)
+    x, columns = _canonical(x)
+    opmath = _opmath(x)
+    pivot = mean.to(opmath)
+    one = torch.ones_like(pivot)
+    if columns:
+        grad, x = _matrix(grad, True), _matrix(x, True)
+    else:
+        grad = grad.contiguous()
+    step = len(x) if not columns and grad.dtype is x.dtype is opmath else _rows_per_slice(x)
+    dots, totals = [], []
+    for g, piece in zip(_cut(grad, step), _cut(x, step), strict=True):
+        dot, total = _two_sums(g.to(opmath), piece.to(opmath), pivot, one, columns)
+        dots.append(dot)
+        totals.append(total)
+    packed = _add_up(totals, dots, channels)
+    total, dot = packed.unbind()
+    dot.addcmul_(pivot - mean, total).mul_(invstd)
+    return packed.view(-1)
+
+
+def input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    count: Tensor,
+) -> Tensor:
+    """`dx = weight * invstd * (g - sum_g / n - xhat * sum_gxhat / n)`, in the dtype and layout of x.
+
+    With `k = invstd * sum_gxhat / n` and `d = x - pivot` the work per element is
+    `a * (g - k * d) - a * (sum_g / n + k * (pivot - mean))`, where `a = weight * invstd`.
+
+    Args:
+        grad: Gradient of the loss with respect to the normalized output, shape of x.
+        x: Input of shape `(N, C, *)`.
+        mean: float64 `(C,)`.
+        invstd: float64 `(C,)`.
+        weight: `(C,)` of any floating dtype, or None for ones.
+        sums: float64 `(2C,)`, the result of `gradient_sums` summed over ranks.
+        count: float64 scalar tensor, elements per channel over all ranks. Zero counts as one.
+
+    Returns:
+        Tensor with the shape, dtype and layout of x.
+    """
+    dx = torch.empty_like(x)
+    if x.numel() == 0:
+        return dx
+    opmath, channels = _opmath(x), x.shape[1]
+    means = sums / count.clamp(min=1)
+    pivot = mean.to(opmath)
+    scale = invstd if weight is None else invstd * weight
+    slope = means[channels:] * invstd
+    shift = torch.addcmul(means[:channels], slope, pivot - mean).mul_(scale).neg_()
+    vectors = (pivot, slope.to(opmath), scale.to(opmath), shift.to(opmath))
+    for piece, out, g, p, k, a, b in _pieces((x, dx, grad), vectors):
+        d = out if x.dtype is opmath else torch.empty_like(piece, dtype=opmath)
+        torch.sub(piece, p, out=d)
+        torch.addcmul(g.to(opmath), d, k, value=-1, out=d)
+        _scale_and_shift(d, a, b)
+        if d is not out:
+            out.copy_(d)
+    return dx
+
+
+def _centred_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(pivot, sum d, sum d^2)` in float64 for `d = x - pivot`."""
+    x, columns = _canonical(x)
+    channels, opmath = x.shape[1], _opmath(x)
+    matrix = _matrix(x, columns)
+    pivot = _rough_mean(matrix, channels, columns)
+    squares, totals = [], []
+    # Rows longer than a trusted run are cut; columns are cut by the slices.
+    for part in (matrix,) if columns else _cut(matrix, _MAX_RUN, 1):
+        step = min(_rows_per_slice(part), len(part))
+        buffer = part.new_empty((step, part.shape[1]), dtype=opmath)
+        zero = buffer.new_zeros(channels if columns else step)
+        one = torch.ones_like(zero)
+        for piece, p in zip(_cut(part, step), _spread(pivot, part, step, columns), strict=False):
+            d = torch.sub(piece, p, out=buffer[: len(piece)])
+            width = channels if columns else len(d)
+            square, total = _two_sums(d, d, zero[:width], one[:width], columns)
+            squares.append(square)
+            totals.append(total)
+    total, square = _add_up(totals, squares, channels).unbind()
+    return pivot.double(), total, square
+
+
+def _rough_mean(matrix: Tensor, channels: int, columns: bool) -> Tensor:
+    """Mean of about an eighth of the elements of each channel, in opmath."""
+    opmath = _opmath(matrix)
+    if columns:
+        return matrix[: -(-len(matrix) // 8)].mean(0, dtype=opmath)
+    samples = matrix.view(-1, channels, matrix.shape[1])
+    if len(samples) > 1:
+        return samples[: -(-len(samples) // 8)].mean((0, 2), dtype=opmath)
+    return matrix[:, : -(-matrix.shape[1] // 8)].mean(1, dtype=opmath)
+
+
+def _two_sums(a: Tensor, b: Tensor, pivot: Tensor, one: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
+    """`(sum a * (b - pivot), sum a)` per channel, of matrices or of `(*, channels, positions)`."""
+    if columns:
+        a, b = (t.view(1, len(t), 1, -1).permute(0, 3, 1, 2) for t in (a, b))
+    elif a.dim() == 2:
+        a, b = a.unsqueeze(0), b.unsqueeze(0)
+    _, dot, total = _batch_norm_backward(a, b, None, pivot, one, None, None, False, 0.0, [False, True, True])
+    return dot, total
+
+
+def _add_up(first: list[Tensor], second: list[Tensor], channels: int) -> Tensor:
+    """`(2, C)` sums in float64 of two lists of partial sums, each of which has the channels innermost."""
+    return torch.cat(first + second).view(2, -1, channels).sum(1, dtype=torch.float64)
+
+
+def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """`y <- y * scale + shift`, in place; the faster of two ways, which depends on the layout alone."""
+    if y.stride(-1) == 1 and scale.dim() > 1 and scale.shape[-1] == 1:
+        y.mul_(scale).add_(shift)
+    else:
+        torch.addcmul(shift, y, scale, out=y)
+
+
+def _opmath(x: Tensor) -> torch.dtype:
+    """float64 for float64 input, else float32."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _has_columns(x: Tensor) -> bool | None:
+    """True for columns, False for rows, None for strides that are neither."""
+    if x.stride(1) == 1 and x.movedim(1, -1).is_contiguous():
+        return True
+    return False if x.is_contiguous() else None
+
+
+def _canonical(x: Tensor) -> tuple[Tensor, bool]:
+    """x, or a copy of it in the default layout if it has neither; and whether it has columns."""
+    columns = _has_columns(x)
+    if columns is None:
+        x = x.contiguous()
+        columns = _has_columns(x)
+    return x, bool(columns)
+
+
+def _matrix(t: Tensor, columns: bool) -> Tensor:
+    """t as a contiguous matrix, a copy where its strides ask for it."""
+    if columns:
+        return t.movedim(1, -1).contiguous().view(-1, t.shape[1])
+    return t.contiguous().view(t.shape[0] * t.shape[1], -1)
+
+
+def _rows_per_slice(t: Tensor) -> int:
+    """Entries of the first dimension whose opmath values fill a slice; on other devices than a CPU, all."""
+    if t.device.type != "cpu":
+        return len(t)
+    row_bytes = _opmath(t).itemsize * (t.numel() // len(t))
+    return max(1, min(_MAX_RUN, _SLICE_BYTES * torch.get_num_threads() // row_bytes))
+
+
+def _pieces(tensors: Sequence[Tensor], vectors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Slices of tensors that are alike in shape, each with the per-channel vectors shaped to fit.
+
+    The strides of the first two tensors agree; the others are copied if theirs differ where slices are cut.
+    """
+    x = tensors[0]
+    columns = _has_columns(x)
+    fits = x.device.type != "cpu" or x.numel() * _opmath(x).itemsize <= _SLICE_BYTES * torch.get_num_threads()
+    if fits or columns is None:
+        shape = (-1, *[1] * (x.dim() - 2))
+        yield [*tensors, *(vector.view(shape) for vector in vectors)]
+        return
+    matrices = [_matrix(t, columns) for t in tensors]
+    step = _rows_per_slice(matrices[0])
+    spread = [_spread(vector, matrices[0], step, columns) for vector in vectors]
+    for group in zip(*(_cut(matrix, step) for matrix in matrices), *spread, strict=False):
+        yield list(group)
+
+
+def _cut(t: Tensor, step: int, dim: int = 0) -> Sequence[Tensor]:
+    """Pieces of `step` entries along a dimension."""
+    return (t,) if step >= t.shape[dim] else torch.split(t, step, dim)
+
+
+def _spread(vector: Tensor, matrix: Tensor, step: int, columns: bool) -> Iterable[Tensor]:
+    """For each slice of the matrix, the values of a per-channel vector that broadcast against it."""
+    if columns:
+        return repeat(vector)
+    return _cut(vector.repeat(len(matrix) // len(vector)).unsqueeze(1), step)
