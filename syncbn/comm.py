@@ -581,6 +581,11 @@ def must_synchronize(link: Link | None) -> bool:
     return link is not None or _forced
 
 
+def must_synchronize_compiled(group: Any) -> bool:
+    """``must_synchronize`` for a compiler, which cannot see links."""
+    return _forced or (group is not None and group.size() > 1)
+
+
 def _backend(group: Any, device: torch.device) -> Any:
     """The backend below a ProcessGroup: calling it directly saves the dispatcher's 10 us a call."""
     try:

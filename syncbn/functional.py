@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn import comm, header
+from syncbn import comm, header, traced
 from syncbn.autograd import GlobalMomentsFunction, Plan, SyncBatchNormFunction
 from syncbn.comm import Link
 from syncbn.header import Call
@@ -164,12 +164,18 @@ def batch_norm(
     per_channel = (running_mean, running_var, weight, bias)
     if channels is None:
         channels = next((t.numel() for t in per_channel if t is not None), None)
-    link = comm.link(group, input.device) if training else None
+    compiling = torch.compiler.is_compiling()
+    link = comm.link(group, input.device) if training and not compiling else None
     flags = _gradient_flags(input, weight, bias)
     error = _input_error(input, channels, check) or _argument_error(input, per_channel, residual, activation)
     if error is not None:
         _raise_together(error, link, Call(header.FORWARD, layer, flags), input, channels)
-    if training and (comm.must_synchronize(link) or input.numel() == 0):
+    if training and compiling and comm.must_synchronize_compiled(group):
+        return traced.batch_norm(
+            input, weight, bias, residual,
+            eps=eps, relu=activation == "relu", group=group, remember=remember, layer=layer, flags=flags,
+        )  # fmt: skip
+    if training and not compiling and (comm.must_synchronize(link) or input.numel() == 0):
         plan = Plan(link, eps, activation == "relu", remember, layer, flags)
         return SyncBatchNormFunction.apply(input, weight, bias, residual, plan)[0]
     if training:
@@ -178,7 +184,7 @@ def batch_norm(
         batch_stats = running_mean is None or running_var is None
         y = F.batch_norm(input, running_mean, running_var, weight, bias, batch_stats, 0.0, eps)
     if residual is not None:
-        y = y + residual
+        y = (y + residual).to(y.dtype)
     return F.relu(y) if activation == "relu" else y
 
 
@@ -204,8 +210,8 @@ def _local_training(
         return y
     before = running_mean.clone(), running_var.clone()
     y = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
-    on_cpu = input.device.type == "cpu"
-    if not on_cpu or not math.isfinite(torch.add(running_mean, running_var).sum().item()):
+    may_read = input.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not may_read or not math.isfinite(torch.add(running_mean, running_var).sum().item()):
         finite = torch.isfinite(running_mean) & torch.isfinite(running_var)
         for running, old in zip((running_mean, running_var), before, strict=True):
             running.copy_(torch.where(finite, running, old))

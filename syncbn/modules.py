@@ -120,7 +120,9 @@ class SyncBatchNorm(_BatchNorm):
 
     def _normalize(self, input: Tensor, residual: Tensor | None) -> Tensor:
         uses_running = self.track_running_stats or not self.training  # as in PyTorch
-        remembers = self.training and uses_running and self.running_mean is not None and not recomputing()
+        remembers = self.training and uses_running and self.running_mean is not None
+        if remembers and not torch.compiler.is_compiling():  # (a compiler sees to its own recomputations)
+            remembers = not recomputing()
         return functional.batch_norm(
             input,
             self.running_mean if uses_running else None,
@@ -141,7 +143,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _remember(self, moments: Moments | None) -> None:
         """Count the batch and move the running statistics; None if torch has moved them already."""
-        if moments is None or moments.mean.device.type == "cpu":
+        if moments is None or moments.finite is not None:
             counts: Tensor | int = 1 if moments is None or moments.n.item() > 0 else 0
         else:
             counts = moments.n > 0  # an empty global batch is none, and reading the count would wait

@@ -84,9 +84,11 @@ def merge(parts: Sequence[Moments]) -> Moments:
     """The moments of the union of ``parts``, merged in the order given (so equal on all ranks, bit for bit).
 
     Returns:
-        New tensors, except that a single part is returned as it is.
+        New tensors, also for a single part: parts may lie in a buffer that the next exchange overwrites.
     """
     n, mean, m2, _ = parts[0]
+    if len(parts) == 1:
+        return Moments(n.clone(), mean.clone(), m2.clone())
     for other in parts[1:]:
         union = n + other.n
         weight = other.n / union.clamp(min=1.0)
@@ -126,7 +128,7 @@ def update_running_stats(
     if running_mean is None or running_var is None:
         return
     mean, var = moments.mean, moments.unbiased_var
-    if mean.device.type == "cpu" and moments.n.item() == 0:  # reading is free here
+    if moments.finite is not None and moments.n.item() == 0:  # who looked at the values may read the count as well
         return
     keep = None
     if not moments.finite:
