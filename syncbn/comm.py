@@ -8,8 +8,9 @@ the number of exchanges made, and whether the group is still alive. Two ways:
   error that names both sides; a peer in some other collective gives a timeout and never mixed numbers.
 * ``AllReduce`` (NCCL, MPI, larger worlds): one all-reduce, with check slots in the message.
 
-Both give equal bits on all ranks. ``SYNCBN_CHECKS`` in the environment: ``on`` (default), ``off`` (headers still travel
-and are not compared; may differ between ranks), ``sync`` (as on, and wait for a device to check in the same call).
+Both give equal bits on all ranks. ``SYNCBN_CHECKS`` in the environment: ``on`` (default), ``off`` (headers still
+travel, and only refusals are heard; may differ between ranks), ``sync`` (as on, and wait for a device to check in the
+same call).
 """
 
 from __future__ import annotations
@@ -277,8 +278,7 @@ class Link:
                 f"{call.describe(width, self._number)}: this process group cannot be used any more: {self._dead}"
             )
 
-    def _lost(self, error: BaseException, call: Call, width: int, started: float, missing: Sequence[int]) -> NoReturn:
-        waited = time.monotonic() - started
+    def _lost(self, error: BaseException, call: Call, width: int, waited: float, missing: Sequence[int]) -> NoReturn:
         who = ""
         if missing:
             ranks = ", ".join(self._name_rank(rank) for rank in missing)
@@ -306,6 +306,7 @@ class OneHop(Link):
     def __init__(self, group: Any, device: torch.device) -> None:
         super().__init__(group, device)
         self._backend = _backend(group, device)
+        self._group = weakref.ref(group)  # weak: links are kept per group
         self._bytes = bytearray((_HEAD + _FRAME) * 8 * self.size)
         self._frames = torch.frombuffer(self._bytes, dtype=torch.float64).view(self.size, _HEAD + _FRAME)
         self._peers = [(rank, [self._frames[rank]]) for rank in range(self.size) if rank != self.rank]
@@ -320,8 +321,10 @@ class OneHop(Link):
         self._bytes[self._offset(self.rank) : self._offset(self.rank) + header.SIZE] = mine
         parts[self.rank].copy_(payload[:head] if width > head else payload)
         self._swap(message, self._peers, call, width)
-        if _checks != "off":
+        if _checks != "off" or width > head:  # a rest of another length would abort the process
             self._compare(mine)
+        else:
+            self._hear_refusals()
         if width > head:
             parts = self._swap_rest(parts, payload, call)
         self._number += 1
@@ -360,7 +363,12 @@ class OneHop(Link):
                 if rank in missing and rank != missing[0] and work.is_completed() and work.exception() is None:
                     missing.remove(rank)
             _graveyard.append((self._bytes, self._frames, message, peers, works))
-            self._lost(error, call, width, started, missing)
+            waited = time.monotonic() - started
+            if len(missing) > 1:  # some of them may have lost the same peer, and hung up before this rank
+                missing = _silent_ranks(self._group(), self._number, missing) or missing
+            else:
+                _silent_ranks(self._group(), self._number, [])
+            self._lost(error, call, width, waited, missing)
 
     def _swap_rest(self, heads: list[Tensor], payload: Tensor, call: Call) -> list[Tensor]:
         rest = payload[_FRAME:].to("cpu").contiguous()
@@ -376,6 +384,12 @@ class OneHop(Link):
             if self._bytes[start : start + header.SIZE] != mine:
                 self._raise_mismatch()
 
+    def _hear_refusals(self) -> None:
+        for rank, _ in self._peers:
+            decoded = header.decode(bytes(self._bytes[self._offset(rank) : self._offset(rank) + header.SIZE]))
+            if decoded is not None and decoded[0].flags & header.REFUSED:
+                self._raise_mismatch()
+
     def _raise_mismatch(self) -> NoReturn:
         headers: dict[int, bytes] = {}
         reasons: dict[int, str] = {}
@@ -388,7 +402,7 @@ class OneHop(Link):
                 text = bytes(self._bytes[body : body + decoded[1] * 8])
                 reasons[rank] = text.rstrip(b"\0").decode(errors="replace")
         self._number += 1  # the exchange took place, on every rank
-        raise RankMismatchError(header.explain_mismatch(headers, reasons, self.rank))
+        raise RankMismatchError(header.explain_mismatch(headers, reasons, self.rank), refused_by=tuple(reasons))
 
     def _offset(self, rank: int) -> int:
         return rank * (_HEAD + _FRAME) * 8
@@ -510,7 +524,9 @@ class AllReduce(Link):
             group.allreduce([message], self._options).wait()
         except RuntimeError as error:
             _graveyard.append(message)
-            self._lost(error, call, width, started, _silent_ranks(group, self._number))
+            waited = time.monotonic() - started
+            others = [rank for rank in range(self.size) if rank != self.rank]
+            self._lost(error, call, width, waited, _silent_ranks(group, self._number, others))
 
     def _check(self, slots: Sequence[float], call: Call, width: int, number: int) -> None:
         t, squares, refused, refused_ranks = slots[:4]
@@ -523,7 +539,8 @@ class AllReduce(Link):
             who = f"rank {refused_ranks - 1:.0f}" if refused == 1 else f"{refused:.0f} ranks"
             raise RankMismatchError(
                 f"{who} could not make the call that rank {self.rank} made ({mine}); the error is raised there. "
-                "Nothing was exchanged; the group stays usable."
+                "Nothing was exchanged; the group stays usable.",
+                refused_by=(int(refused_ranks) - 1,) if refused == 1 else (-1,) * int(refused),
             )
         raise RankMismatchError(
             f"ranks made different calls, so their statistics must not be mixed. This is rank {self.rank}: {mine}. "
@@ -532,20 +549,20 @@ class AllReduce(Link):
         )
 
 
-def _silent_ranks(group: Any, number: int) -> list[int]:
-    """After a failure: the ranks that do not say, through the group's store, that they came as far as this rank.
+def _silent_ranks(group: Any, number: int, among: Sequence[int]) -> list[int]:
+    """After a failure: those ``among`` the ranks that do not say, through the group's store, that they failed in the
+    same exchange as this rank, which says so here.
 
     Best effort, within ``_POST_MORTEM`` seconds, in a thread of its own: the store may have died with a rank.
     """
-    rank, size = group.rank(), group.size()
     silent: list[int] = []
 
     def ask() -> None:
         with contextlib.suppress(Exception):
             store = group.get_group_store()
-            store.set(f"syncbn/failed/{number}/{rank}", "1")
+            store.set(f"syncbn/failed/{number}/{group.rank()}", "1")
             deadline = time.monotonic() + 0.8 * _POST_MORTEM
-            missing = [r for r in range(size) if r != rank]
+            missing = list(among)
             while missing and time.monotonic() < deadline:
                 time.sleep(0.02)
                 missing = [r for r in missing if not store.check([f"syncbn/failed/{number}/{r}"])]
@@ -571,8 +588,12 @@ def link(group: Any, device: torch.device) -> Link | None:
     known = links.get(device.type)
     if known is None:
         gloo = "gloo" in str(_backend(group, device).name()).lower()
-        way = OneHop if gloo and group.size() <= ONE_HOP_LIMIT else AllReduce
-        known = links[device.type] = way(group, device)
+        if gloo and group.size() <= ONE_HOP_LIMIT:
+            # One for all devices, that a message of one kind and one of another are two calls of the same link.
+            known = next((other for other in links.values() if isinstance(other, OneHop)), None)
+            known = links[device.type] = known or OneHop(group, device)
+        else:
+            known = links[device.type] = AllReduce(group, device)
     return known if known.size > 1 or _forced else None
 
 

@@ -23,14 +23,17 @@ SIZE = _LAYOUT.size  # 128 bytes: sixteen float64
 assert SIZE == 128
 
 # The kinds of exchange.
-FORWARD, BACKWARD, MOMENTS, MOMENTS_BACKWARD, SUM = range(1, 6)
+FORWARD, BACKWARD, MOMENTS, MOMENTS_BACKWARD, SUM, VOTE, COUNT = range(1, 8)
 _KINDS = {
     FORWARD: "forward",
     BACKWARD: "backward",
     MOMENTS: "global_moments",
     MOMENTS_BACKWARD: "backward of global_moments",
     SUM: "sum in a double backward",
+    VOTE: "vote",
+    COUNT: "count of samples",
 }
+_OF_NO_LAYER = (VOTE, COUNT)
 
 # The flags: what of this call wants a gradient, and "my own call is wrong, I only keep my peers from waiting".
 REFUSED = 1
@@ -40,7 +43,16 @@ _FLAGS = {INPUT_GRAD: "input", WEIGHT_GRAD: "weight", BIAS_GRAD: "bias"}
 
 class RankMismatchError(RuntimeError):
     """The ranks of a process group made different calls: other layers, directions, widths or gradient flags, or one of
-    them could not make its call at all. Every rank of the group raises in the same call; the group stays usable."""
+    them could not make its call at all. Every rank of the group raises in the same call; the group stays usable.
+
+    Attributes:
+        refused_by: the ranks of the group that could not make their call or gave up their step (see
+            ``syncbn.steps.vote``); -1 for each whose number is not known. Empty if the calls differ.
+    """
+
+    def __init__(self, message: str = "", *, refused_by: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.refused_by = tuple(refused_by)
 
 
 class PeerLostError(RuntimeError):
@@ -63,6 +75,8 @@ class Call(NamedTuple):
 
     def describe(self, width: int, number: int) -> str:
         """For an error message: ``forward of layer 'bn1' (64 channels, gradients for input and weight, call 12)``."""
+        if self.kind in _OF_NO_LAYER:
+            return f"{_KINDS[self.kind]} (call {number})"
         layer = f" of layer {self.layer!r}" if self.layer else " of a layer without a name"
         wanted = [name for bit, name in _FLAGS.items() if self.flags & bit]
         details = [f"{width // 2} channels"]
