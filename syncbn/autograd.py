@@ -26,6 +26,7 @@ from syncbn import header, kernels, moments
 from syncbn.comm import Link
 from syncbn.header import Call
 from syncbn.moments import Moments
+from syncbn.recompute import unseen
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +97,12 @@ class SyncBatchNormFunction(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        total = plan.share(x)  # measure, share
-        if plan.remember is not None:
-            plan.remember(total)
-        invstd = total.invstd(plan.eps)
-        y = kernels.normalize(x, total.mean, invstd, weight, bias, residual, plan.relu)
+        with unseen():
+            total = plan.share(x)  # measure, share
+            if plan.remember is not None:
+                plan.remember(total)
+            invstd = total.invstd(plan.eps)
+            y = kernels.normalize(x, total.mean, invstd, weight, bias, residual, plan.relu)
         return y, total.mean, invstd, total.n
 
     @staticmethod
@@ -164,8 +166,9 @@ class GlobalMomentsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-        total = plan.share(x)
-        return total.mean, total.var, total.n
+        with unseen():
+            total = plan.share(x)
+            return total.mean, total.var, total.n
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

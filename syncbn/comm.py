@@ -252,6 +252,9 @@ class Link:
         """Which ranks brought a payload that is not finite to the exchange that gave ``parts``, for a message."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Wait for the checks of all exchanges so far, and raise what they find. For a CPU they are done already."""
+
     def sum(self, payload: Tensor, call: Call) -> Tensor:
         """The sum of ``payload`` over all ranks, added in rank order: a new tensor, equal in bits on all ranks."""
         parts = self.exchange(payload, call)
@@ -308,8 +311,9 @@ class OneHop(Link):
         self._backend = _backend(group, device)
         self._group = weakref.ref(group)  # weak: links are kept per group
         self._bytes = bytearray((_HEAD + _FRAME) * 8 * self.size)
-        self._frames = torch.frombuffer(self._bytes, dtype=torch.float64).view(self.size, _HEAD + _FRAME)
-        self._peers = [(rank, [self._frames[rank]]) for rank in range(self.size) if rank != self.rank]
+        with temporarily_clear_interpreter_stack():  # a tensor made within a torch.func transform belongs to it
+            self._frames = torch.frombuffer(self._bytes, dtype=torch.float64).view(self.size, _HEAD + _FRAME)
+            self._peers = [(rank, [self._frames[rank]]) for rank in range(self.size) if rank != self.rank]
         self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}  # per width: what is sent, and all payloads
 
     def exchange(self, payload: Tensor, call: Call) -> list[Tensor]:
@@ -455,6 +459,11 @@ class AllReduce(Link):
         message[2], message[3] = 1.0, self.rank + 1.0
         self._reduce(message, call, width)
         self._number += 1
+
+    def settle(self) -> None:
+        while self._late:
+            self._late[0][0].synchronize()
+            self._check_late()
 
     def broken_ranks(self, parts: Sequence[Tensor]) -> str:
         count, numbers = self._broken

@@ -15,8 +15,10 @@ from syncbn.autograd import GlobalMomentsFunction, Plan, SyncBatchNormFunction
 from syncbn.comm import Link
 from syncbn.header import Call
 from syncbn.moments import Moments, update_running_stats
+from syncbn.recompute import unseen
 
 ACTIVATIONS = (None, "relu")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def sync_batch_norm(
@@ -67,13 +69,10 @@ def sync_batch_norm(
         When training, one exchange of 2C+1 float64 forward and one of 2C backward; none otherwise.
 
     >>> x = torch.tensor([[1.0], [3.0]])
-    >>> sync_batch_norm(x, None, None, training=True, eps=0.0)
+    >>> sync_batch_norm(x, None, None, training=True, eps=1e-12)
     tensor([[-1.],
             [ 1.]])
     """
-    if momentum is None:
-        raise ValueError("momentum must be a number here, got None; the cumulative average is a matter of the module")
-
     def remember(moments: Moments | None) -> None:
         if moments is not None:
             update_running_stats(running_mean, running_var, moments, momentum)
@@ -91,6 +90,7 @@ def sync_batch_norm(
         activation=activation,
         remember=remember,
         local_momentum=momentum,
+        check=_refuse_cumulative_average if momentum is None else None,
     )
 
 
@@ -203,19 +203,23 @@ def _local_training(
         return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
     if momentum is None:
         # Momentum 1 yields the batch's own mean and unbiased variance, for the policy to work with.
-        mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+        with unseen():
+            mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
         y = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
-        count = torch.full((), input.numel() / input.shape[1], dtype=torch.float64, device=input.device)
-        remember(Moments(count, mean.double(), var.double() * (count - 1.0)))
+        with unseen():
+            count = torch.full((), input.numel() / input.shape[1], dtype=torch.float64, device=input.device)
+            remember(Moments(count, mean.double(), var.double() * (count - 1.0)))
         return y
-    before = running_mean.clone(), running_var.clone()
+    with unseen():
+        before = running_mean.clone(), running_var.clone()
     y = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
-    may_read = input.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not may_read or not math.isfinite(torch.add(running_mean, running_var).sum().item()):
-        finite = torch.isfinite(running_mean) & torch.isfinite(running_var)
-        for running, old in zip((running_mean, running_var), before, strict=True):
-            running.copy_(torch.where(finite, running, old))
-    remember(None)
+    with unseen():
+        may_read = input.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not may_read or not math.isfinite(torch.add(running_mean, running_var).sum().item()):
+            finite = torch.isfinite(running_mean) & torch.isfinite(running_var)
+            for running, old in zip((running_mean, running_var), before, strict=True):
+                running.copy_(torch.where(finite, running, old))
+        remember(None)
     return y
 
 
@@ -235,8 +239,11 @@ def _input_error(
     input: Tensor, channels: int | None, check: Callable[[Tensor], None] | None = None
 ) -> ValueError | None:
     shape = tuple(input.shape)
-    if not input.is_floating_point():
-        return ValueError(f"expected a floating point input, got {input.dtype} of shape {shape}; convert it first")
+    if input.dtype not in DTYPES:
+        return ValueError(
+            f"expected a float16, bfloat16, float32 or float64 input, got {input.dtype} of shape {shape}; "
+            "convert it first"
+        )
     if input.dim() < 2:
         return ValueError(f"expected an input of at least 2 dimensions (N, C, *), got {input.dim()}-D, shape {shape}")
     if channels is not None and input.shape[1] != channels:
@@ -250,6 +257,10 @@ def _input_error(
         except ValueError as error:
             return error
     return None
+
+
+def _refuse_cumulative_average(_: Tensor) -> NoReturn:
+    raise ValueError("momentum must be a number here, got None; the cumulative average is a matter of the module")
 
 
 def _argument_error(

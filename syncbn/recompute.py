@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import FrameType
 
@@ -15,6 +16,14 @@ _ENGINE = torch.autograd.graph.__file__  # where every backward enters the engin
 
 # Private, so tested for: the id of the backward that runs on this thread, -1 outside of any.
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
+
+# Private as well: the modes of selective checkpointing, and how to step out of them.
+_SELECTIVE = tuple(
+    mode
+    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    if (mode := getattr(torch.utils.checkpoint, name, None)) is not None
+)
+_modes_on = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
 
 def recomputing() -> bool:
@@ -36,3 +45,19 @@ def recomputing() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def unseen() -> contextlib.AbstractContextManager[None]:
+    """Within it, selective checkpointing sees no operation: it neither counts them nor replaces them by saved results.
+
+    It counts operations to find its results again, and a layer does not run the same ones twice: the second time it
+    updates no statistics. So a synchronized layer is always recomputed as a whole, with its exchange.
+    """
+    if torch.compiler.is_compiling() or _modes_on is None or _modes_on() == 0:
+        return contextlib.nullcontext()
+    from torch.utils import _python_dispatch
+
+    stack = _python_dispatch._get_current_dispatch_mode_stack()
+    if any(isinstance(mode, _SELECTIVE) for mode in stack):
+        return _python_dispatch._disable_current_modes()
+    return contextlib.nullcontext()
