@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import math
 import os
 import struct
@@ -311,10 +312,17 @@ class OneHop(Link):
         self._backend = _backend(group, device)
         self._group = weakref.ref(group)  # weak: links are kept per group
         self._bytes = bytearray((_HEAD + _FRAME) * 8 * self.size)
-        with temporarily_clear_interpreter_stack():  # a tensor made within a torch.func transform belongs to it
-            self._frames = torch.frombuffer(self._bytes, dtype=torch.float64).view(self.size, _HEAD + _FRAME)
-            self._peers = [(rank, [self._frames[rank]]) for rank in range(self.size) if rank != self.rank]
         self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}  # per width: what is sent, and all payloads
+
+    # Tensors are made in the first exchange, not with the link: that may happen within a transform of torch.func, to
+    # which they would belong.
+    @functools.cached_property
+    def _frames(self) -> Tensor:
+        return torch.frombuffer(self._bytes, dtype=torch.float64).view(self.size, _HEAD + _FRAME)
+
+    @functools.cached_property
+    def _peers(self) -> list[tuple[int, list[Tensor]]]:
+        return [(rank, [self._frames[rank]]) for rank in range(self.size) if rank != self.rank]
 
     def exchange(self, payload: Tensor, call: Call) -> list[Tensor]:
         width = payload.numel()

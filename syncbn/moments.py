@@ -118,7 +118,8 @@ def update_running_stats(
         running_mean <- (1 - momentum) * running_mean + momentum * mean
         running_var  <- (1 - momentum) * running_var  + momentum * m2 / (n - 1)
 
-    An empty batch changes nothing. A channel whose batch statistics are not finite keeps its last values.
+    An empty batch changes nothing. A channel whose batch statistics are not finite, or not in the dtype of the running
+    ones, keeps its last values.
 
     Args:
         running_mean, running_var: shape ``(C,)``, any float dtype, or None to skip.
@@ -130,9 +131,10 @@ def update_running_stats(
     mean, var = moments.mean, moments.unbiased_var
     if moments.finite is not None and moments.n.item() == 0:  # who looked at the values may read the count as well
         return
+    rounded = mean.to(running_mean.dtype), var.to(running_var.dtype)
     keep = None
-    if not moments.finite:
-        keep = ~(torch.isfinite(mean) & torch.isfinite(var) & (moments.n > 0))
+    if not moments.finite or not math.isfinite(torch.add(*rounded).sum().item()):
+        keep = ~(torch.isfinite(rounded[0]) & torch.isfinite(rounded[1]) & (moments.n > 0))
     for running, batch in ((running_mean, mean), (running_var, var)):
         if keep is not None:
             batch = torch.where(keep, running.to(batch.dtype), batch)

@@ -54,7 +54,7 @@ def whole_batch(
     residuals: Sequence[Tensor] | None = None,
     relu: bool = False,
 ) -> Outcome:
-    """One process with the whole batch. Each rank has its own copies of the parameters, so that gradients stay local."""
+    """One process with the whole batch. Each rank has its own copies of the parameters: their gradients stay local."""
     channels = xs[0].shape[1]
     norm = nn.BatchNorm1d(channels, eps, momentum, affine=False, dtype=torch.float64)
     leaves = [rows(x).requires_grad_() for x in xs]
