@@ -1,0 +1,420 @@
+"""Start one process per rank: build a torchrun, mpiexec or srun command, and become it.
+
+::
+
+    syncbn-launch -n 4 train.py --epochs 3
+    syncbn-launch -n 4 --max-restarts 3 -m package.train
+    syncbn-launch --engine mpi -n 4 train.py
+    syncbn-launch --engine slurm -n 8 train.py        (inside an allocation)
+    syncbn-launch --check -n 4
+
+The same script runs under every engine: each rank finds ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
+``LOCAL_WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` in its environment, so ``dist.init_process_group()`` works.
+What has to happen inside a rank before the script runs is done by ``_worker.py``, which runs the script.
+
+This module needs the standard library alone, and it has no parser for the engines' own options: an option that it does
+not know goes to the engine as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+WORKER = str(Path(__file__).with_name("_worker.py"))
+"""The program that each rank runs. By path, so that a rank need not import torch to get there."""
+
+MALLOC = {
+    # glibc gives freed blocks back to the system, and the next activation then faults its pages in one by one.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "1073741824",
+    "MALLOC_TOP_PAD_": "134217728",
+}
+"""Settings of glibc's malloc under which a process keeps the memory that it will need again in the next step."""
+
+# Options without a value: only for these (and ours) is the next word not taken as the value of an option.
+_SWITCHES = {"--standalone", "--no-python", "--run-path", "--virtual-local-rank", "--oversubscribe"}
+
+# Whoever gives one of these says where the ranks meet, so the launcher does not.
+_MEETING = ("standalone", "rdzv-backend", "rdzv-endpoint", "master-addr", "master-port", "node-rank")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What will be executed: the command, the variables added to the environment, and what to tell the user."""
+
+    command: list[str]
+    environment: dict[str, str]
+    note: str
+
+    def shell(self) -> str:
+        """The plan as one line for a shell."""
+        words = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*words, shlex.join(self.command)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asked for: our options, those for the engine, and the command of each rank."""
+
+    options: argparse.Namespace
+    passed: list[str]
+    command: list[str]
+
+    def value(self, name: str) -> str | None:
+        """The value of an option for the engine (torchrun reads ``PET_*`` variables too), "" for a switch."""
+        for i, word in reversed(list(enumerate(self.passed))):
+            key, equals, value = word.partition("=")
+            if key.startswith("--") and key[2:].replace("_", "-") == name:
+                follows = "" if i + 1 == len(self.passed) or _key(word) in _SWITCHES else self.passed[i + 1]
+                return value if equals else follows
+        return os.environ.get("PET_" + name.replace("-", "_").upper())
+
+    @property
+    def ranks(self) -> int | None:
+        """Ranks per host (with mpiexec: ranks in all), where that is a number."""
+        count: str | None = self.options.nproc_per_node
+        if count is None and self.options.engine != "mpi":
+            count = os.environ.get("PET_NPROC_PER_NODE", "1")
+        return int(count) if count is not None and count.isdecimal() else None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong and exit with code 2."""
+    print(f"syncbn-launch: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Replace this process by the job (or print it, with ``--dry-run``).
+
+    Args:
+        argv: the arguments of the command line, those of this process by default.
+
+    Raises:
+        SystemExit: code 2 for a call that cannot work, 0 after ``--dry-run``. Otherwise the exit code is the job's.
+    """
+    request = parse(sys.argv[1:] if argv is None else argv)
+    plan = make_plan(request)
+    print(f"syncbn-launch: {plan.note}", file=sys.stderr, flush=True)
+    if request.options.dry_run:
+        print(plan.shell())
+        raise SystemExit(0)
+    os.execve(plan.command[0], plan.command, {**os.environ, **plan.environment})
+
+
+# ---- the command line
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """Divide a command line into our options, the engine's, and the script with its arguments."""
+    parser = _Parser(
+        prog="syncbn-launch",
+        usage="%(prog)s [options] [options of the engine] script.py [arguments]\n"
+        "       %(prog)s [options] [options of the engine] -m module [arguments]",
+        description="Start one process per rank. Options that are not listed here go to torchrun (or mpiexec) as "
+        "they are; `--` before the script ends them where that is not clear.",
+        allow_abbrev=False,
+    )
+    actions = _add_options(parser)
+    known = {name: action.nargs == 0 for action in actions for name in action.option_strings}
+    known |= {"-h": True, "--help": True}
+    ours, passed, rest = _divide(argv, known)
+    options = parser.parse_args(ours)
+    count = options.nproc_per_node
+    if count is not None and (count.lstrip("-").isdecimal() and int(count) < 1):
+        fail(f"-n must be at least 1, got {count}")
+    if options.engine == "mpi" and count is not None and not count.isdecimal():
+        fail(f"with --engine mpi, -n must be the number of ranks, got {count!r}")
+    request = Request(options, passed, rest)
+    _check_command(request)
+    return request
+
+
+def _add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    flag = argparse.BooleanOptionalAction
+    return [
+        parser.add_argument(
+            "-n",
+            "--nproc-per-node",
+            "--nproc_per_node",
+            metavar="N",
+            help="ranks per host; with --engine mpi, ranks in all (default: what the engine does, mostly 1)",
+        ),
+        parser.add_argument(
+            "--engine", choices=["torchrun", "mpi", "slurm"], default="torchrun", help="what starts the ranks"
+        ),
+        parser.add_argument("--dry-run", action="store_true", help="print the command and the environment it gets"),
+        parser.add_argument(
+            "--check",
+            action="store_true",
+            help="first let all ranks join, report host, device and versions, and time a small all_reduce; "
+            "stop if a rank is missing or differs. Without a script, only that",
+        ),
+        parser.add_argument(
+            "--threads", action=flag, default=True, help="set OMP_NUM_THREADS to cores / ranks unless it is set"
+        ),
+        parser.add_argument(
+            "--pin",
+            action=flag,
+            default=None,
+            help="give each rank cores of its own (default: if there are enough, no CPU quota and no GPU)",
+        ),
+        parser.add_argument(
+            "--malloc", action=flag, default=True, help="let glibc keep freed memory, unless MALLOC_* is set"
+        ),
+    ]
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].replace("_", "-")
+
+
+def _divide(argv: Sequence[str], known: Mapping[str, bool]) -> tuple[list[str], list[str], list[str]]:
+    """Our options, the engine's options, and what each rank runs. ``known``: our options, True for switches."""
+    ours: list[str] = []
+    passed: list[str] = []
+    i = 0
+    while i < len(argv):
+        word = argv[i]
+        if word == "--":
+            return ours, passed, list(argv[i + 1 :])
+        if word in ("-m", "--module") or not word.startswith("-"):
+            return ours, passed, list(argv[i:])
+        own = word.partition("=")[0] in known or (word.startswith("-n") and word[2:].isdecimal())
+        alone = "=" in word or known.get(word, own) or _key(word) in _SWITCHES
+        # A new switch of the engine is not in our list: a script that exists is never the value of an option.
+        last = alone or i + 1 == len(argv) or (not own and argv[i + 1].endswith(".py") and Path(argv[i + 1]).exists())
+        width = 1 if last else 2
+        (ours if own else passed).extend(argv[i : i + width])
+        i += width
+    return ours, passed, []
+
+
+def _check_command(request: Request) -> None:
+    command = request.command
+    if not command:
+        if request.options.check:
+            return
+        fail("no script: syncbn-launch -n 4 train.py [arguments], or -m module")
+    if command[0] not in ("-m", "--module"):
+        if request.value("no-python") is None and not Path(command[0]).exists():
+            fail(f"script {command[0]!r} does not exist (in {os.getcwd()})")
+        return
+    if len(command) == 1:
+        fail("-m needs the name of a module")
+    command[0] = "-m"
+    if not (Path.cwd() / command[1].partition(".")[0]).is_dir() and not _found(command[1]):
+        fail(f"module {command[1]!r} does not exist (looked in {os.getcwd()} and the installed packages)")
+
+
+def _found(module: str) -> bool:
+    """Whether the module's top-level package can be imported from the working directory."""
+    top = module.partition(".")[0]
+    sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.util.find_spec(top) is not None
+    except (ImportError, ValueError):
+        return False
+    finally:
+        del sys.path[0]
+
+
+# ---- the commands
+
+
+def make_plan(request: Request) -> Plan:
+    """The command and the environment for a request.
+
+    Raises:
+        SystemExit: the engine is not there.
+    """
+    command = {"torchrun": _torchrun, "mpi": _mpi, "slurm": _slurm}[request.options.engine](request)
+    environment, note = settings(request)
+    if _needs_own_store(request):
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if request.options.engine == "mpi" and _is_open_mpi(command[0]):
+        # Open MPI does not hand the environment on to other hosts.
+        for name in environment:
+            command[1:1] = ["-x", name]
+    return Plan(command, environment, note)
+
+
+def _rank_command(request: Request, *options: str) -> list[str]:
+    check = ["--check"] if request.options.check else []
+    return [WORKER, *options, *check, *request.command]
+
+
+def _torchrun(request: Request) -> list[str]:
+    meeting: list[str] = []
+    if request.value("nnodes") in (None, "1", "1:1") and not any(request.value(name) is not None for name in _MEETING):
+        # Ports that the system chooses, so that jobs on one host do not collide; and an address that needs no name.
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        if request.value("local-addr") is None:
+            meeting += ["--local-addr", "127.0.0.1"]
+    count = request.options.nproc_per_node
+    ranks = [] if count is None else ["--nproc-per-node", count]
+    body = request.command if request.value("no-python") is not None else _rank_command(request)
+    return [sys.executable, "-m", "torch.distributed.run", *meeting, *ranks, *request.passed, *body]
+
+
+def _mpi(request: Request) -> list[str]:
+    beside = Path(sys.executable).with_name("mpiexec")
+    mpiexec = str(beside) if os.access(beside, os.X_OK) else shutil.which("mpiexec")
+    if mpiexec is None:
+        fail(f"--engine mpi: no mpiexec beside {sys.executable} or in PATH; pip install mpi4py mpich, or load an MPI")
+    if importlib.util.find_spec("mpi4py") is None:
+        fail(f"--engine mpi: {sys.executable} has no mpi4py; pip install mpi4py")
+    options: list[str] = []
+    if _is_open_mpi(mpiexec):
+        # The ranks pin themselves; Open MPI would bind a pair of ranks to one core each, threads and all.
+        options += ["--bind-to", "none"]
+        options += ["--allow-run-as-root"] if os.geteuid() == 0 else []
+        options += [] if request.passed else ["--oversubscribe"]
+    count = request.options.nproc_per_node
+    ranks = [] if count is None else ["-n", count]
+    python = [sys.executable, "-m", "mpi4py"]  # an exception on one rank ends all of them
+    return [mpiexec, *ranks, *options, *request.passed, *python, *_rank_command(request, "--mpi")]
+
+
+def _is_open_mpi(mpiexec: str) -> bool:
+    done = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False, timeout=30)
+    return "open mpi" in done.stdout.lower() or "open-mpi" in done.stdout.lower()
+
+
+def _slurm(request: Request) -> list[str]:
+    srun = shutil.which("srun")
+    if srun is None:
+        fail("--engine slurm: no srun in PATH; run it on a Slurm cluster, or use --engine torchrun or mpi")
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        fail("--engine slurm: not in an allocation (SLURM_JOB_ID is not set); use salloc or sbatch launch/slurm.sbatch")
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES", os.environ.get("SLURM_NNODES", "1"))
+    options = ["--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--kill-on-bad-exit=1"]
+    if "SLURM_CPUS_PER_TASK" in os.environ:  # srun no longer takes it over from sbatch
+        options += ["--cpus-per-task", os.environ["SLURM_CPUS_PER_TASK"]]
+    # One port per job, below the ports that systems hand out by themselves.
+    endpoint = f"{_first_node()}:{15000 + int(job) % 15000}"
+    meeting = ["--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", job]
+    count = request.options.nproc_per_node
+    ranks = [] if count is None else ["--nproc-per-node", count]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, *ranks, *request.passed]
+    return [srun, *options, *torchrun, *_rank_command(request)]
+
+
+def _first_node() -> str:
+    nodes = os.environ.get("SLURM_JOB_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
+    if "[" not in nodes:
+        return nodes.partition(",")[0]
+    scontrol = shutil.which("scontrol")
+    if scontrol is None:
+        fail(f"--engine slurm: no scontrol in PATH, which is needed to read the node list {nodes}")
+    listing = subprocess.run([scontrol, "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+    if listing.returncode or not listing.stdout.split():
+        fail(f"--engine slurm: scontrol show hostnames {nodes}: {listing.stderr.strip() or 'empty answer'}")
+    return listing.stdout.split()[0]
+
+
+def _needs_own_store(request: Request) -> bool:
+    """Whether each attempt needs a store of its own.
+
+    Agents of torchrun keep one store through all attempts, and what a dead attempt wrote there misleads the next.
+    On one host the worker keeps attempts apart by a prefix. Over several hosts with the c10d rendezvous, agents count
+    attempts differently, so there the store is made anew for each attempt.
+    """
+    several = request.options.engine == "slurm" or request.value("rdzv-backend") == "c10d"
+    least, _, most = (request.value("nnodes") or "1").partition(":")
+    return several and (request.value("max-restarts") not in (None, "", "0") or most not in ("", least))
+
+
+# ---- threads, cores, memory
+
+
+def settings(request: Request) -> tuple[dict[str, str], str]:
+    """The environment that ranks get in addition, and one line about it."""
+    cores, quota = _cores(request)
+    threads, about_threads = _threads(request, min(cores, quota or cores))
+    pin, about_pinning = _pinning(request, cores, quota)
+    malloc, about_malloc = _malloc(request)
+    count = request.ranks
+    ranks = f"{count or request.options.nproc_per_node or 'all'} ranks" if count != 1 else "1 rank"
+    where = f"{ranks} on {min(cores, quota or cores)} cores"
+    return {**threads, **pin, **malloc}, f"{where}, {about_threads}, {about_pinning}, {about_malloc}"
+
+
+def _cores(request: Request) -> tuple[int, int | None]:
+    """The cores that this process may use, and the whole cores of a CPU quota that is below them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if request.options.engine == "slurm" and os.environ.get("SLURM_CPUS_PER_TASK", "").isdecimal():
+        return int(os.environ["SLURM_CPUS_PER_TASK"]), None
+    try:
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota = max(1, int(limit) // int(period))
+    except (OSError, ValueError):  # not there, or "max"
+        return cores, None
+    return cores, quota if quota < cores else None
+
+
+def _threads(request: Request, cores: int) -> tuple[dict[str, str], str]:
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}, f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} as set"
+    if not request.options.threads:
+        return {}, "OMP_NUM_THREADS not set (--no-threads)"
+    if request.options.engine == "mpi" and (request.ranks is None or request.passed):
+        # How many ranks a host gets is mpiexec's decision: the worker sees it, and divides.
+        return {"SYNCBN_THREADS": "1"}, "OMP_NUM_THREADS set on each host"
+    if request.ranks is None:
+        return {}, "OMP_NUM_THREADS left to torchrun"
+    count = max(1, cores // request.ranks)
+    return {"OMP_NUM_THREADS": str(count)}, f"OMP_NUM_THREADS={count}"
+
+
+def _pinning(request: Request, cores: int, quota: int | None) -> tuple[dict[str, str], str]:
+    wish = request.options.pin
+    ranks = request.ranks
+    several = request.passed or request.options.engine == "slurm"  # another host may have other cores
+    if "SYNCBN_PIN" in os.environ:
+        return {}, f"SYNCBN_PIN={os.environ['SYNCBN_PIN']} as set"
+    if wish is False:
+        return {}, "not pinned (--no-pin)"
+    if ranks == 1 and not several:
+        return {}, "not pinned (one rank)"
+    if ranks is not None and cores < ranks and not several:
+        return {}, "not pinned (fewer cores than ranks)"
+    if wish is None and quota is not None:
+        # Every container on the host would choose the same cores.
+        return {}, f"not pinned (CPU quota of {quota}; --pin to insist)"
+    if wish is None and (request.value("numa-binding") is not None or _has_gpu()):
+        return {}, "not pinned (GPUs: see torchrun --numa-binding; --pin to insist)"
+    return {"SYNCBN_PIN": "1"}, "pinned to disjoint cores"
+
+
+def _has_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+
+
+def _malloc(request: Request) -> tuple[dict[str, str], str]:
+    if not request.options.malloc:
+        return {}, "malloc as it is (--no-malloc)"
+    taken = [name for name in (*MALLOC, "MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "LD_PRELOAD") if name in os.environ]
+    if taken:  # a person, or another allocator, has taken care of it
+        return {}, f"malloc as it is ({taken[0]} is set)"
+    return dict(MALLOC), "malloc keeps freed memory"
+
+
+if __name__ == "__main__":
+    main()
