@@ -14,9 +14,7 @@ from syncbn import comm
 from syncbn.header import VOTE, Call, RankMismatchError
 
 
-def vote(
-    ok: bool, reason: str = "", *, process_group: Any = None, device: torch.device | str | None = None
-) -> bool:
+def vote(ok: bool, reason: str = "", *, process_group: Any = None, device: torch.device | str | None = None) -> bool:
     """Say whether this rank's step went well, and hear whether it did on all ranks::
 
         all_ok = ok_0 and ok_1 and ... and ok_{W-1}

@@ -1,0 +1,270 @@
+"""Train on until the last rank has run out of batches: a rank without data takes part with an empty batch.
+
+A rank that simply stops leaves its peers waiting in the next layer. An empty batch has no weight in the statistics, and
+its gradients are zeros, so that the others go on exactly as one process with their data would::
+
+    for step in uneven.joined(loader):
+        x, y = step.data
+        with uneven.empty_views():
+            output = model(x)
+        loss = step.scale * F.cross_entropy(output, y, reduction="sum")
+        loss.backward()
+
+What an empty batch breaks in a network, and what to do:
+
+* a mean loss is NaN, and so are its gradients: take a sum and ``step.scale``, or ``step.loss_from_mean``;
+* ``x.view(N, -1)`` raises, for -1 could be anything: write ``x.flatten(1)``, or use ``empty_views``;
+* ``max`` and ``argmax`` over the batch raise, and a mean over it is NaN: ask ``step.count`` first.
+
+The alternative, ``DistributedDataParallel.join(throw_on_early_termination=True)``, ends the epoch on all ranks as soon
+as one of them has run out, and drops what the others have left. Without that argument ``join`` does not know of the
+layers' exchanges: the ranks that go on lose their peer there.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from syncbn import comm
+from syncbn.comm import Link
+from syncbn.header import COUNT, Call
+from syncbn.steps import group_device
+
+_DONE = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step that all ranks take together.
+
+    Attributes:
+        data: this rank's batch, as its loader gave it, or an empty one of the same structure.
+        count: how many samples it has: n_r.
+        total: how many samples all ranks have: n.
+        world_size: how many ranks there are: W.
+    """
+
+    data: Any
+    count: int
+    total: int
+    world_size: int
+
+    @property
+    def scale(self) -> float:
+        """``W / n``: the factor that makes a sum over this rank's samples a term of the whole batch's mean loss.
+
+        DistributedDataParallel averages gradients over ranks, so with ``loss_r = scale * sum_i l_i``::
+
+            1/W * sum_r d(W/n * sum_i l_ri) = d(1/n * sum_r sum_i l_ri)
+        """
+        return self.world_size / max(self.total, 1)
+
+    def loss_from_mean(self, criterion: Callable[..., Tensor], output: Tensor, *args: Any) -> Tensor:
+        """The same loss by a criterion that takes the mean over samples: ``criterion(...) * n_r * W / n``.
+
+        Args:
+            criterion: called as ``criterion(output, *args)``; must be a plain mean over the samples that ``count``
+                counts (no class weights, nothing ignored).
+            output: of the model; for an empty batch the loss is a zero that depends on it, so that the backward runs.
+            args: targets and whatever else the criterion takes.
+
+        Returns:
+            A scalar, to call ``backward`` on.
+
+        >>> step = Step(None, 2, 8, 4)
+        >>> step.loss_from_mean(torch.nn.functional.mse_loss, torch.ones(2), torch.zeros(2))
+        tensor(1.)
+        >>> step = Step(None, 0, 8, 4)
+        >>> step.loss_from_mean(torch.nn.functional.mse_loss, torch.ones(0), torch.zeros(0))
+        tensor(0.)
+        """
+        if self.count == 0:
+            return output.sum() * 0.0
+        return criterion(output, *args) * (self.count * self.scale)
+
+
+def joined(
+    loader: Iterable[Any],
+    *,
+    process_group: Any = None,
+    device: torch.device | str | None = None,
+    count: Callable[[Any], int] | None = None,
+    empty: Callable[[Any], Any] | None = None,
+) -> Iterator[Step]:
+    """Iterate over this rank's ``loader`` until the loaders of all ranks have run out.
+
+    In each step the ranks add up their numbers of samples: ``n = sum_r n_r``, with ``n_r = 0`` where a loader is done.
+    A rank whose loader raises tells the others, which raise as well, so that nobody waits. All ranks must leave the
+    loop alike: on an error, see ``syncbn.steps.vote``; to stop early, decide from a number that all ranks share.
+
+    Args:
+        loader: this rank's batches: tensors, or tuples, lists, dicts of them, in any depth. Ranks may have different
+            numbers of batches, also none at all: such a rank gets the structure from a rank that has one.
+        process_group: that of the layers; as in ``SyncBatchNorm``.
+        device: that of the layers' inputs; None for the group's own (CUDA where it has a CUDA backend, else CPU).
+        count: number of samples of a batch; None for the length of its first tensor. Tokens, say, for a loss per token.
+        empty: makes an empty batch out of a batch; None for ``empty_like``.
+
+    Yields:
+        A ``Step``: the batch, the local and global counts, and the loss scale.
+
+    Raises:
+        RankMismatchError: the loader of another rank raised, or another rank is in another call.
+        PeerLostError: a rank did not take part.
+        Whatever ``loader``, ``count`` or ``empty`` raises, on this rank.
+
+    Collectives:
+        One exchange of 2 float64 a step, read on the host, and one at the end. In the first step two more if some ranks
+        have no batch at all: W float64, and a pickled empty batch with one byte in each float64.
+
+    >>> [(step.count, step.total, step.scale) for step in joined([torch.ones(2, 3), torch.ones(1, 3)])]
+    [(2, 2, 0.5), (1, 1, 1.0)]
+    """
+    group = comm.resolve_group(process_group)
+    where = group_device(group, device)
+    link = comm.link(group, where)
+    world_size = 1 if link is None else link.size
+    count, empty = count or _count, empty or empty_like
+    batches: Iterator[Any] | None = None
+    example: Any = None  # an empty batch, of the structure of the others
+    first = True
+    while True:
+        try:
+            batches = iter(loader) if batches is None else batches
+            batch = next(batches, _DONE)
+            samples = 0 if batch is _DONE else count(batch)
+            if first and batch is not _DONE:
+                example = empty(batch)
+        except Exception as error:
+            if link is not None:
+                link.refuse(Call(COUNT), f"its loader raised {type(error).__name__}: {error}", 2)
+            raise
+        total, active = _share(link, where, [samples, batch is not _DONE])
+        if active == 0:
+            return
+        if first and active < world_size:
+            assert link is not None
+            example = _share_example(link, where, example)
+        first = False
+        yield Step(example if batch is _DONE else batch, samples, total, world_size)
+
+
+def _share(link: Link | None, where: torch.device, numbers: list[int]) -> list[int]:
+    """The sum of a list of integers over all ranks, on the host."""
+    if link is None:
+        return [int(number) for number in numbers]
+    total = link.sum(torch.tensor(numbers, dtype=torch.float64, device=where), Call(COUNT))
+    numbers = [int(number) for number in total.tolist()]
+    link.settle()
+    return numbers
+
+
+def _share_example(link: Link, where: torch.device, example: Any) -> Any:
+    """The empty batch of the first rank that has one; what this rank has, if it has one."""
+    text = b""
+    if example is not None:
+        stream = io.BytesIO()
+        torch.save(example, stream)
+        text = stream.getvalue()
+    sizes = _share(link, where, [len(text) if rank == link.rank else 0 for rank in range(link.size)])
+    giver = next(rank for rank, size in enumerate(sizes) if size)
+    given = list(text) if giver == link.rank else [0] * sizes[giver]
+    received = bytes(_share(link, where, given))
+    if example is not None:
+        return example
+    # The giver's device may be another one than this rank's. (A peer is trusted as its gradients are: any class may come.)
+    places = {f"{where.type}:{index}": str(where) for index in range(64)}
+    return torch.load(io.BytesIO(received), map_location=places, weights_only=False)
+
+
+def empty_like(batch: Any) -> Any:
+    """A batch without samples, of the structure of ``batch``.
+
+    Tensors of one or more dimensions lose all their rows: shape ``(N, *)`` becomes ``(0, *)``. In tuples, named tuples,
+    lists and dicts this is done for each entry; a list without any tensor in it (of strings, say) becomes empty.
+    Everything else stays as it is.
+
+    >>> empty_like({"image": torch.ones(4, 3), "name": ["a", "b", "c", "d"], "scale": 2.0})
+    {'image': tensor([], size=(0, 3)), 'name': [], 'scale': 2.0}
+    """
+    if isinstance(batch, Tensor):
+        return batch.detach()[:0].clone() if batch.dim() > 0 else batch
+    if isinstance(batch, Mapping):
+        return type(batch)({key: empty_like(value) for key, value in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(empty_like, batch))
+    if isinstance(batch, list | tuple):
+        if isinstance(batch, list) and _first_tensor(batch) is None:
+            return []
+        return type(batch)(map(empty_like, batch))
+    return batch
+
+
+def _count(batch: Any) -> int:
+    tensor = _first_tensor(batch)
+    if tensor is None:
+        raise TypeError(
+            f"a batch of type {type(batch).__name__} has no tensor to count samples by; give joined(..., count=...)"
+        )
+    return len(tensor)
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch if batch.dim() > 0 else None
+    if isinstance(batch, Mapping):
+        batch = batch.values()
+    elif not isinstance(batch, list | tuple):
+        return None
+    return next((found for entry in batch if (found := _first_tensor(entry)) is not None), None)
+
+
+class empty_views(TorchFunctionMode):
+    """Within it, ``x.view(0, -1)`` and ``x.reshape(0, -1)`` of a tensor without elements work.
+
+    torch refuses, since any number in place of -1 would do. Here it is taken from the other dimensions, as it would be
+    for any other number of samples::
+
+        -1 = prod(nonzero sizes of x) / prod(nonzero sizes that are given)
+
+    That is wrong where the batch is multiplied by another dimension, as in ``x.view(N * T, -1)``: the next layer then
+    refuses the shape. Tensors that have elements are not touched.
+
+    >>> x = torch.empty(0, 3, 4)
+    >>> with empty_views():
+    ...     x.view(len(x), -1).shape
+    torch.Size([0, 12])
+    """
+
+    _FUNCTIONS = (Tensor.view, Tensor.reshape, torch.reshape)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Fill in -1 and go on."""
+        kwargs = kwargs or {}
+        if func in self._FUNCTIONS and len(args) > 1 and args[0].numel() == 0:
+            sizes = args[1:] if isinstance(args[1], int) else args[1]
+            if not isinstance(sizes, torch.dtype):
+                return func(args[0], _infer(args[0].shape, tuple(sizes)), **kwargs)
+        return func(*args, **kwargs)
+
+
+def _infer(shape: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    known = [size for size in sizes if size != -1]
+    if len(known) != len(sizes) - 1 or known.count(0) != shape.count(0):
+        return sizes  # nothing to infer, or nothing to infer it from: torch says what is wrong
+    rest, divisor = _product(shape), _product(known)
+    return sizes if rest % divisor else tuple(rest // divisor if size == -1 else size for size in sizes)
+
+
+def _product(sizes: Iterable[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size or 1
+    return product
