@@ -1,7 +1,7 @@
-"""The synchronized training forward as torch.compile sees it: plain formulas and one traceable all-reduce each way.
+"""The synchronized training forward as torch.compile sees it: plain formulas and one traceable all-reduce a way.
 
-The same mathematics as the eager path (``autograd.py``), written without kernels of ours, so that the compiler fuses it:
-both sums in one loop over x, and normalization, residual and ReLU in another. What differs from the eager path:
+The same mathematics as the eager path (``autograd.py``), without kernels of ours, so that the compiler fuses it: both
+sums in one loop over x, and normalization, residual and ReLU in another. What differs from the eager path:
 
 * the statistics are measured about a pivot near the data, the mean of the first sample, in one read;
 * always an all-reduce (a functional collective), on every backend, of raw sums in float64; ranks must be compiled alike;
@@ -65,47 +65,54 @@ class _Traced(torch.autograd.Function):
         layer: str,
         flags: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        raw = _raw_moments(x)
-        n, mean, m2, _ = unpack_raw(_sum_over_ranks(raw, group, Call(header.FORWARD, layer, flags)))
+        n, mean, m2, _ = unpack_raw(_sum_over_ranks(_raw_moments(x), group, Call(header.FORWARD, layer, flags)))
         torch._assert_async(n != 1, "batch normalization needs more than 1 value per channel in the global batch")
         invstd = (m2 / n.clamp(min=1.0) + eps).rsqrt()
-        y = _affine(x, mean, invstd, weight, bias, residual)
+        coarse = mean.to(_compute_dtype(x))  # its rounding error goes into the shift
+        scale = invstd if weight is None else invstd * weight
+        shift = (coarse - mean) * scale
+        vectors = _vectors(x, coarse, scale, shift if bias is None else shift + bias)
+        y = _affine(x, vectors, residual)
         if relu:
             y = y.clamp(min=0)
-        ctx.save_for_backward(x, weight, bias if relu else None, residual if relu else None, mean, invstd, n)
+        ctx.save_for_backward(x, weight, residual if relu else None, vectors, mean, invstd, n)
         ctx.mark_non_differentiable(n, mean, m2)
         ctx.relu, ctx.group, ctx.call = relu, group, Call(header.BACKWARD, layer, flags)
         return y.to(x.dtype), n, mean, m2
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, mean, invstd, n = ctx.saved_tensors
-        dtype, dims, channels = _compute_dtype(x), _reduced(x), x.shape[1]
+        x, weight, residual, vectors, mean, invstd, n = ctx.saved_tensors
+        dtype = _compute_dtype(x)
         g = grad.to(dtype)
         if ctx.relu:
-            g = torch.where(_affine(x, mean, invstd, weight, bias, residual) > 0, g, 0)
-        xhat = _centred(x, mean) * _spread(invstd, x)
-        sums = torch.cat([g.sum(dims, dtype=torch.float64), (g * xhat).sum(dims, dtype=torch.float64)])
+            g = torch.where(_affine(x, vectors, residual) > 0, g, 0)
+        coarse = vectors[0]
+        centred = x.to(dtype) - coarse.view(_shape(x))
+        total = _total(g)
+        dot = (_total(g * centred) + (coarse - mean) * total) * invstd
         dx = None
         if ctx.needs_input_grad[0]:
-            means = _sum_over_ranks(sums, ctx.group, ctx.call) / n.clamp(min=1.0)
+            sums = _sum_over_ranks(torch.cat([total, dot]), ctx.group, ctx.call) / n.clamp(min=1.0)
+            mean_g, mean_dot = sums.chunk(2)
             scale = invstd if weight is None else invstd * weight
-            dx = (g - _spread(means[:channels], x) - xhat * _spread(means[channels:], x)) * _spread(scale, x)
-            dx = dx.to(x.dtype)
-        dweight = sums[channels:].to(weight.dtype) if ctx.needs_input_grad[1] else None
-        dbias = sums[:channels] if ctx.needs_input_grad[2] else None
+            slope = mean_dot * invstd
+            level = mean_g + slope * (coarse - mean)
+            scales, slopes, levels = _spread(_vectors(x, scale, -slope * scale, -level * scale), x)
+            dx = (g * scales + (centred * slopes + levels)).to(x.dtype)
+        dweight = dot.to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dbias = total if ctx.needs_input_grad[2] else None
         dresidual = g.to(grad.dtype) if ctx.needs_input_grad[3] else None
         return dx, dweight, dbias, dresidual, None, None, None, None, None
 
 
 def _raw_moments(x: Tensor) -> Tensor:
-    """``(n, S[C], Q[C])`` in float64, measured in one read about the mean of the first sample (zero if there is none)."""
-    dims, channels = _reduced(x), x.shape[1]
+    """``(n, S[C], Q[C])`` in float64, measured in one read about the mean of the first sample (0 if there is none)."""
+    channels = x.shape[1]
     first = x[:1].to(_compute_dtype(x))
-    pivot = first.sum(dims) / max(first.numel() // channels, 1)
+    pivot = first.sum(_reduced(x)) / max(first.numel() // channels, 1)
     centred = x.to(_compute_dtype(x)) - pivot.view(_shape(x))
-    sums = centred.sum(dims, dtype=torch.float64)
-    squares = (centred * centred).sum(dims, dtype=torch.float64)
+    sums, squares = _total(centred), _total(centred * centred)
     n = torch.full((1,), x.numel() // channels, dtype=torch.float64, device=x.device)
     mean = pivot.double() + sums / n.clamp(min=1.0)
     # m2 about the mean, then raw: shifting the squares about the pivot straight to zero would cancel twice.
@@ -131,25 +138,33 @@ def _digest(kind: int, layer: str, flags: int) -> float:
     return float(header.digest(header.encode(Call(kind, layer, flags), 0, 0)))
 
 
-def _affine(
-    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+def _total(values: Tensor) -> Tensor:
+    """Per-channel sum: in the compute dtype within a sample, in float64 over samples."""
+    if values.dim() > 2:
+        values = values.sum(list(range(2, values.dim())))
+    return values.sum(0, dtype=torch.float64)
+
+
+def _affine(x: Tensor, vectors: Tensor, residual: Tensor | None) -> Tensor:
     """The output before the activation, in the compute dtype; the backward computes it again for the ReLU's mask."""
-    y = _centred(x, mean) * _spread(invstd if weight is None else invstd * weight, x)
-    if bias is not None:
-        y = y + _spread(bias, x)
+    coarse, scale, shift = _spread(vectors, x)
+    y = (x.to(coarse.dtype) - coarse) * scale + shift
     return y if residual is None else y + residual.to(y.dtype)
 
 
-def _centred(x: Tensor, mean: Tensor) -> Tensor:
-    """``x - mean`` without the rounding error of a float32 mean."""
-    dtype = _compute_dtype(x)
-    coarse = mean.to(dtype)
-    return (x.to(dtype) - coarse.view(_shape(x))) - _spread(mean - coarse, x)
+def _vectors(x: Tensor, *values: Tensor) -> Tensor:
+    """Per-channel values in the compute dtype, as rows of one matrix that is computed before it is used.
+
+    Left to itself, inductor computes them (in float64) anew for each element of the loop that uses them, and forward
+    and backward together take twice as long. ``wait_tensor`` does nothing to a tensor that no collective is working
+    on, except that a compiler may not move computations across it.
+    """
+    matrix = torch.stack([value.to(_compute_dtype(x)) for value in values])
+    return torch.ops._c10d_functional.wait_tensor(matrix)
 
 
-def _spread(values: Tensor, x: Tensor) -> Tensor:
-    return values.to(_compute_dtype(x)).view(_shape(x))
+def _spread(vectors: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(vector.view(_shape(x)) for vector in vectors.unbind())
 
 
 def _shape(x: Tensor) -> list[int]:
