@@ -1,10 +1,10 @@
 """The synchronized training forward as torch.compile sees it: plain formulas and one traceable all-reduce a way.
 
-The same mathematics as the eager path (``autograd.py``), without kernels of ours, so that the compiler fuses it: both
-sums in one loop over x, and normalization, residual and ReLU in another. What differs from the eager path:
+The mathematics of the eager path (``autograd.py``), without kernels of ours, so that the compiler fuses it: both sums
+in one loop over x, and normalization, residual and ReLU in another. What differs from the eager path:
 
 * the statistics are measured about a pivot near the data, the mean of the first sample, in one read;
-* always an all-reduce (a functional collective), on every backend, of raw sums in float64; ranks must be compiled alike;
+* always an all-reduce (a functional collective) of raw sums in float64, on any backend; ranks must compile alike;
 * errors that depend on values are RuntimeErrors of ``torch._assert_async``;
 * running statistics are computed out of place and then copied;
 * no double backward (AOTAutograd has none, and says so).
@@ -133,7 +133,7 @@ def _sum_over_ranks(payload: Tensor, group: dist.ProcessGroup | None, call: Call
     return message[_HEAD:]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _digest(kind: int, layer: str, flags: int) -> float:
     return float(header.digest(header.encode(Call(kind, layer, flags), 0, 0)))
 
