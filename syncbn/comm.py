@@ -125,6 +125,8 @@ def _group_of_mesh(process_group: Any) -> dist.ProcessGroup:
             f"process_group: a DeviceMesh of {mesh.ndim} dimensions {names or tuple(mesh.shape)} does not say over "
             f"which one to synchronize. Give (mesh, dim), for example (mesh, {names[0] if names else 0!r})."
         )
+    if not isinstance(dim, str | int | None):
+        raise TypeError(f"process_group: the dim of (DeviceMesh, dim) must be a name or an index, got {dim!r}")
     if isinstance(dim, str) and dim not in names:
         raise ValueError(f"process_group: the mesh has no dimension {dim!r}, only {names}")
     if isinstance(dim, int) and not -mesh.ndim <= dim < mesh.ndim:

@@ -1,0 +1,359 @@
+"""Groups in all their forms, and the exchange over them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import close, step, whole_batch
+from ranks import outcomes, run_ranks
+from torch import Tensor
+
+import syncbn
+from syncbn import RankMismatchError, SyncBatchNorm, comm, header
+from syncbn.header import Call
+
+C = 3
+
+
+@pytest.fixture
+def world_of_four() -> Iterator[None]:
+    """This process as rank 0 of four, with a backend that does nothing: for what needs registered groups."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+# ---- which group
+
+
+def test_no_group_when_not_initialized() -> None:
+    assert comm.resolve_group(None) is None
+    assert SyncBatchNorm(C).process_group is None
+
+
+@pytest.mark.usefixtures("world_of_four")
+def test_default_group() -> None:
+    assert comm.resolve_group(None) is dist.group.WORLD
+    assert comm.resolve_group(dist.group.WORLD) is dist.group.WORLD
+
+
+def test_the_default_group_is_that_of_the_forward(request: pytest.FixtureRequest) -> None:
+    handle = SyncBatchNorm(C)._group
+    assert handle.resolve() is None
+    request.getfixturevalue("world_of_four")
+    assert handle.resolve() is dist.group.WORLD
+
+
+@pytest.mark.usefixtures("world_of_four")
+def test_groups_that_this_rank_is_in_or_not() -> None:
+    group = dist.new_group([0, 2])
+    assert comm.resolve_group(group) is group
+    assert comm.group_ranks(group) == [0, 2]
+    other = dist.new_group([1, 2])
+    with pytest.raises(ValueError, match=r"not a member.*new_subgroups"):
+        comm.resolve_group(other)
+    with pytest.raises(ValueError, match="not a member"):
+        SyncBatchNorm(C, process_group=other)
+    with pytest.raises(ValueError, match="not a member"):
+        syncbn.convert_sync_batchnorm(torch.nn.BatchNorm1d(C), other)
+
+
+@pytest.mark.usefixtures("world_of_four")
+def test_device_meshes() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    line = init_device_mesh("cpu", (4,))
+    assert comm.resolve_group(line) is line.get_group()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    assert comm.group_ranks(comm.resolve_group((mesh, "shard"))) == [0, 1]
+    assert comm.group_ranks(comm.resolve_group((mesh, "replicate"))) == [0, 2]
+    assert comm.group_ranks(comm.resolve_group((mesh, 0))) == [0, 2]
+    assert comm.group_ranks(comm.resolve_group((mesh, -1))) == [0, 1]
+    assert comm.group_ranks(comm.resolve_group(mesh["shard"])) == [0, 1]
+    with pytest.raises(ValueError, match=r"2 dimensions.*replicate.*shard.*\(mesh, dim\)"):
+        comm.resolve_group(mesh)
+    with pytest.raises(ValueError, match=r"no dimension 'tensor'.*replicate"):
+        comm.resolve_group((mesh, "tensor"))
+    for dim in (2, -3):
+        with pytest.raises(ValueError, match=f"dimension {dim} is out of range"):
+            comm.resolve_group((mesh, dim))
+
+
+@pytest.mark.parametrize("wrong", ["world", 3, [0, 1], (1, 2), object(), torch.device("cpu"), True], ids=str)
+def test_things_that_are_no_group(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"process_group must be None.*got") as caught:
+        comm.resolve_group(wrong)
+    assert type(wrong).__name__ in str(caught.value)
+
+
+@pytest.mark.usefixtures("world_of_four")
+def test_a_mesh_with_a_dimension_of_the_wrong_type() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    with pytest.raises((TypeError, ValueError), match="dim"):
+        comm.resolve_group((init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), 1.5))
+
+
+# ---- groups in pickles
+
+
+@pytest.mark.usefixtures("world_of_four")
+def test_a_pickle_finds_the_group_of_the_same_ranks() -> None:
+    dist.new_group([0, 1])
+    group = dist.new_group([0, 2])
+    for target in (group, dist.group.WORLD, None):
+        layer = SyncBatchNorm(C, process_group=target)
+        assert pickle.loads(pickle.dumps(layer)).process_group is target
+        assert copy.deepcopy(layer).process_group is target
+
+
+def test_a_pickle_without_torch_distributed_is_plain_batch_norm(world_of_four: None) -> None:
+    blob = pickle.dumps(SyncBatchNorm(C, process_group=dist.new_group([0, 3])))
+    dist.destroy_process_group()
+    layer = pickle.loads(blob)
+    x = torch.randn(4, C)
+    torch.testing.assert_close(layer(x), torch.nn.BatchNorm1d(C)(x))
+    again = pickle.loads(pickle.dumps(layer))  # still remembers its ranks
+
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    with pytest.raises(RuntimeError, match=r"\[0, 3\].*new_group"):
+        again.process_group  # noqa: B018
+    group = dist.new_group([0, 3])
+    assert layer.process_group is group
+    assert layer._group.resolve() is group
+
+
+def test_a_pickle_whose_ranks_do_not_exist(world_of_four: None) -> None:
+    blob = pickle.dumps(SyncBatchNorm(C, process_group=dist.new_group([0, 3])))
+    dist.destroy_process_group()
+
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    with pytest.raises(RuntimeError, match=r"ranks \[0, 3\].*world size 4"):
+        pickle.loads(blob)
+
+
+def test_deepcopy_shares_an_unregistered_group() -> None:
+    def body(rank: int, group: Any) -> None:
+        layer = SyncBatchNorm(C, process_group=group)
+        assert copy.deepcopy(layer).process_group is group
+        assert copy.copy(layer).process_group is group
+
+    run_ranks(2, body)
+
+
+# ---- the exchange
+
+
+def exchanged(rank: int, group: Any, width: int, kind: int = header.SUM) -> list[Tensor]:
+    link = comm.link(group, torch.device("cpu"))
+    assert link is not None
+    payload = torch.arange(width, dtype=torch.float64) + 1000.0 * rank
+    return [part.clone() for part in link.exchange(payload, Call(kind, "x"))]
+
+
+WIDTHS = [1, 2, 7, comm._FRAME - 1, comm._FRAME, comm._FRAME + 1, 3 * comm._FRAME + 5]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_each_rank_gets_all_payloads(world: int) -> None:
+    def body(rank: int, group: Any) -> None:
+        for width in [*WIDTHS, *reversed(WIDTHS)]:
+            parts = exchanged(rank, group, width)
+            for peer, part in enumerate(parts):
+                assert torch.equal(part, torch.arange(width, dtype=torch.float64) + 1000.0 * peer)
+
+    run_ranks(world, body)
+
+
+@pytest.mark.parametrize("limit", [32, 0])
+def test_sum(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm, "ONE_HOP_LIMIT", limit)
+
+    def body(rank: int, group: Any) -> list[Tensor]:
+        link = comm.link(group, torch.device("cpu"))
+        assert isinstance(link, comm.AllReduce if limit == 0 else comm.OneHop)
+        generator = torch.Generator().manual_seed(rank)
+        payloads = [torch.randn(width, generator=generator, dtype=torch.float64) for width in WIDTHS]
+        sums = [link.sum(payload, Call(header.SUM, "x")) for payload in payloads]
+        assert not any(a.data_ptr() == b.data_ptr() for a in sums for b in payloads)
+        return payloads + sums
+
+    results = run_ranks(3, body)
+    for i in range(len(WIDTHS)):
+        expected = sum(result[i] for result in results)
+        for result in results:
+            torch.testing.assert_close(result[len(WIDTHS) + i], expected, rtol=1e-14, atol=1e-14)
+            assert torch.equal(result[len(WIDTHS) + i], results[0][len(WIDTHS) + i])
+
+
+@pytest.mark.parametrize("channels", [4, 9000])
+def test_both_ways_give_the_same(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    xs = [torch.randn(n, channels, 2, dtype=torch.float64) + n for n in (2, 0, 3)]
+
+    def both(limit: int) -> list[dict[str, Any]]:
+        monkeypatch.setattr(comm, "ONE_HOP_LIMIT", limit)
+        return run_ranks(
+            3, lambda rank, group: step(SyncBatchNorm(channels, process_group=group).double(), xs[rank], xs[rank])
+        )
+
+    one_hop, all_reduce = both(32), both(0)
+    expected = whole_batch(xs, xs)
+    for rank in range(3):
+        for results in (one_hop, all_reduce):
+            for name in ("y", "dx", "dweight", "dbias"):
+                close(results[rank][name], getattr(expected, name)[rank], 1e-11, 1e-11, name)
+            for name in ("running_mean", "running_var"):
+                assert torch.equal(results[rank][name], results[0][name])
+
+
+def test_gloo_takes_one_hop_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kinds(rank: int, group: Any) -> type:
+        return type(comm.link(group, torch.device("cpu")))
+
+    assert run_ranks(3, kinds) == [comm.OneHop] * 3
+    monkeypatch.setattr(comm, "ONE_HOP_LIMIT", 2)
+    assert run_ranks(3, kinds) == [comm.AllReduce] * 3
+
+
+@pytest.mark.parametrize("limit", [32, 0])
+@pytest.mark.parametrize("other", ["layer", "kind", "width", "frame", "flags"])
+def test_mismatch_is_found_either_way_and_the_group_stays_usable(
+    other: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comm, "ONE_HOP_LIMIT", limit)
+    calls = {
+        "layer": (Call(header.FORWARD, "b"), 7),
+        "kind": (Call(header.BACKWARD, "a"), 7),
+        "width": (Call(header.FORWARD, "a"), 9),
+        "frame": (Call(header.FORWARD, "a"), comm._FRAME + 9),
+        "flags": (Call(header.FORWARD, "a", header.INPUT_GRAD), 7),
+    }
+
+    def body(rank: int, group: Any) -> None:
+        link = comm.link(group, torch.device("cpu"))
+        assert link is not None
+        call, width = calls[other] if rank == 1 else (Call(header.FORWARD, "a"), 7)
+        if other == "frame" and limit == 0:
+            return  # messages of this difference abort the process in gloo's own all-reduce
+        with pytest.raises(RankMismatchError, match="different calls"):
+            link.exchange(torch.ones(width, dtype=torch.float64), call)
+        assert float(link.sum(torch.ones(5, dtype=torch.float64), Call(header.SUM))[0]) == 3.0
+
+    run_ranks(3, body)
+
+
+@pytest.mark.parametrize("limit", [32, 0])
+@pytest.mark.parametrize("refusing", [(1,), (0, 2), (0, 1, 2)])
+def test_refusal(refusing: tuple[int, ...], limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm, "ONE_HOP_LIMIT", limit)
+
+    def body(rank: int, group: Any) -> str:
+        link = comm.link(group, torch.device("cpu"))
+        assert link is not None
+        call = Call(header.FORWARD, "stem")
+        said = ""
+        if rank in refusing:
+            link.refuse(call, "wrong shape \u00fc (3, 4)", 7)
+        else:
+            with pytest.raises(RankMismatchError, match="stays usable") as caught:
+                link.exchange(torch.ones(7, dtype=torch.float64), call)
+            said = str(caught.value)
+            assert "'stem'" in said
+        assert float(link.sum(torch.ones(5, dtype=torch.float64), Call(header.SUM))[0]) == 3.0
+        return said
+
+    for said in run_ranks(3, body):
+        if said and limit:
+            assert "wrong shape \u00fc (3, 4)" in said
+            assert all(str(rank) in said for rank in refusing)
+
+
+def test_very_long_names_and_reasons() -> None:
+    def body(rank: int, group: Any) -> None:
+        link = comm.link(group, torch.device("cpu"))
+        assert link is not None
+        names = ["\u00e9" * 300 + "a", "b" + "\u00e9" * 300][rank], "x" * 200_000
+        with pytest.raises(RankMismatchError):
+            link.exchange(torch.ones(3, dtype=torch.float64), Call(header.FORWARD, names[0]))
+        # names that differ only in front of what is sent of them
+        with pytest.raises(RankMismatchError):
+            link.exchange(torch.ones(3, dtype=torch.float64), Call(header.FORWARD, f"{rank}" + "m" * 96))
+        if rank == 0:
+            link.refuse(Call(header.FORWARD), names[1], 3)
+        else:
+            with pytest.raises(RankMismatchError, match="xxx"):
+                link.exchange(torch.ones(3, dtype=torch.float64), Call(header.FORWARD))
+
+    run_ranks(2, body)
+
+
+def test_ranks_out_of_step_in_time() -> None:
+    """A quick rank may be an exchange ahead: its next message must not be taken for this one."""
+
+    def body(rank: int, group: Any) -> None:
+        for i in range(30):
+            if rank == i % 3:
+                time.sleep(0.002)
+            assert float(exchanged(rank, group, 3)[2][0]) == 2000.0
+
+    run_ranks(3, body)
+
+
+def test_several_groups_side_by_side() -> None:
+    """Rank r of four is in a group of all and in one of two; neither sees the other's messages."""
+    store = dist.HashStore()
+
+    def body(rank: int, group: Any) -> None:
+        from ranks import make_group
+
+        half = make_group(dist.PrefixStore(f"half{rank // 2}", store), rank % 2, 2)
+        for _ in range(3):
+            whole, part = SyncBatchNorm(1, momentum=1.0, process_group=group), SyncBatchNorm(1, momentum=1.0)
+            part.process_group = half
+            x = torch.full((2, 1), float(rank))
+            whole(x), part(x)
+            assert whole.running_mean.item() == 1.5
+            assert part.running_mean.item() == (0.5 if rank < 2 else 2.5)
+
+    run_ranks(4, body)
+
+
+def test_a_group_that_is_dropped_can_be_collected() -> None:
+    def body(rank: int, group: Any) -> Any:
+        SyncBatchNorm(C, process_group=group)(torch.randn(3, C))
+        return weakref.ref(group)
+
+    refs = run_ranks(2, body)
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]
+
+
+def test_forced_is_undone() -> None:
+    assert not comm.must_synchronize(None)
+    with comm.forced():
+        with comm.forced():
+            pass
+        assert comm.must_synchronize(None)
+    assert not comm.must_synchronize(None)
+
+
+def test_threads_of_the_harness_end() -> None:
+    before = threading.active_count()
+    assert outcomes(3, lambda rank, group: rank) == [0, 1, 2]
+    assert threading.active_count() <= before + 1
