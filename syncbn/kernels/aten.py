@@ -16,7 +16,7 @@ Why these operations (`benchmarks/kernels.py` prints the candidates with their e
   folded into per-channel float64 vectors. Without that, `alpha * x + beta` loses digits as mean / std grows.
 * Two sums in one read come from `native_batch_norm_backward` in evaluation mode with unit variance, which
   returns `(sum a * (b - pivot), sum a)`: vectorized in both layouts, where PyTorch's own statistics are not.
-* Its float32 partial sums run over at most a slice; slices are added in float64.
+* Its float32 partial sums run over at most a slice, and at most `_MAX_RUN` positions; these are added in float64.
 * Broadcast operands that are constant along the inner dimension are vectorized only one at a time, hence
   `mul_` and `add_` for rows where columns take one `addcmul`.
 * Small inputs are converted to float64 and summed directly: fewer calls, which is all that counts there.
@@ -32,8 +32,11 @@ __all__ = ["gradient_sums", "input_gradient", "moments", "normalize", "relu_grad
 
 # Bytes of opmath a thread takes at a time: within its share of the cache, large against the cost of a call.
 _SLICE_BYTES = 1 << 21
-# Longest run along which float32 partial sums are trusted; beyond it they are added in float64.
-_MAX_RUN = 1 << 14
+# Longest run of a row that is summed in float32. In longer sums of values with few bits (bfloat16, or float32 far
+# from zero) the roundings do not cancel: runs of 16384 lose 1.5e-5 of the variance at mean / std of 1e5.
+_MAX_RUN = 1 << 12
+# Rows of narrow columns are joined to about this many values: shorter sums, and longer vectorized loops.
+_WIDTH = 512
 # Up to this many elements, the fewest calls win over the fewest bytes.
 _SMALL = 1 << 16
 
@@ -188,24 +191,52 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tens
     channels = x.shape[1]
     if x.numel() == 0:
         return x.new_zeros(2 * channels, dtype=torch.float64)
+    if x.numel() <= _SMALL:
+        return _small_gradient_sums(grad, x, mean, invstd)
     x, columns = _canonical(x)
     opmath = _opmath(x)
-    pivot = mean.to(opmath)
+    pivot = about = mean.to(opmath)
     one = torch.ones_like(pivot)
-    if columns:
-        grad, x = _matrix(grad, True), _matrix(x, True)
-    else:
-        grad = grad.contiguous()
-    step = len(x) if not columns and grad.dtype is x.dtype is opmath else _rows_per_slice(x)
     dots, totals = [], []
-    for g, piece in zip(_cut(grad, step), _cut(x, step), strict=True):
-        dot, total = _two_sums(g.to(opmath), piece.to(opmath), pivot, one, columns)
+    for g, piece in _summands(grad, x, columns):
+        if columns and len(about) != piece.shape[1]:
+            about = pivot.repeat(piece.shape[1] // channels)
+            one = torch.ones_like(about)
+        dot, total = _two_sums(g.to(opmath), piece.to(opmath), about, one, columns)
         dots.append(dot)
         totals.append(total)
     packed = _add_up(totals, dots, channels)
     total, dot = packed.unbind()
     dot.addcmul_(pivot - mean, total).mul_(invstd)
     return packed.view(-1)
+
+
+def _small_gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """`gradient_sums` in float64 throughout, in as few calls as possible."""
+    dims = [0, *range(2, x.dim())]
+    packed = mean.new_empty((2, x.shape[1]))
+    total, dot = packed.unbind()
+    torch.sum(grad, dims, dtype=torch.float64, out=total)
+    torch.sum((x - _along_channels(mean, x)).mul_(grad), dims, out=dot)
+    dot.mul_(invstd)
+    return packed.view(-1)
+
+
+def _summands(grad: Tensor, x: Tensor, columns: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Aligned pieces of the gradient and of the input in its layout, whose sums are taken in one call each."""
+    short = not columns or x.numel() // x.shape[1] <= _MAX_RUN
+    if short and x.dim() in (4, 5) and grad.stride() == x.stride() and _fits_slice(x):
+        yield grad, x
+        return
+    if columns:
+        pairs = zip(*(_blocks(_matrix(t, columns), columns, x.shape[1]) for t in (grad, x)), strict=True)
+    else:
+        pairs = zip((grad.contiguous(),), (x,), strict=True)
+    for g, block in pairs:
+        # Rows in opmath need no slices: no temporary is made, and each row is summed on its own.
+        whole = not columns and x.dtype is grad.dtype is _opmath(x)
+        step = len(block) if whole else _rows_per_slice(block)
+        yield from zip(_cut(g, step), _cut(block, step), strict=True)
 
 
 def input_gradient(
@@ -260,21 +291,38 @@ def _centred_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     channels, opmath = x.shape[1], _opmath(x)
     matrix = _matrix(x, columns)
     pivot = _rough_mean(matrix, channels, columns)
+    parts = 1 if columns else _equal_parts(matrix.shape[1])
+    if columns:
+        blocks = _blocks(matrix, columns, channels)
+    elif parts > 1:
+        blocks = (matrix.view(len(matrix) * parts, -1),)
+    else:
+        blocks = _cut(matrix, _MAX_RUN, 1)
+    about = pivot if parts == 1 else pivot.repeat_interleave(parts)
     squares, totals = [], []
-    # Rows longer than a trusted run are cut; columns are cut by the slices.
-    for part in (matrix,) if columns else _cut(matrix, _MAX_RUN, 1):
-        step = min(_rows_per_slice(part), len(part))
-        buffer = part.new_empty((step, part.shape[1]), dtype=opmath)
-        zero = buffer.new_zeros(channels if columns else step)
+    for block in blocks:
+        step = min(_rows_per_slice(block), len(block))
+        buffer = block.new_empty((step, block.shape[1]), dtype=opmath)
+        zero = buffer.new_zeros(block.shape[1] if columns else step)
         one = torch.ones_like(zero)
-        for piece, p in zip(_cut(part, step), _spread(pivot, part, step, columns), strict=False):
-            d = torch.sub(piece, p, out=buffer[: len(piece)])
-            width = channels if columns else len(d)
-            square, total = _two_sums(d, d, zero[:width], one[:width], columns)
+        for piece, p in zip(_cut(block, step), _spread(about, block, step, columns), strict=False):
+            if len(piece) < step:
+                buffer = buffer[: len(piece)]
+                zero, one = (zero, one) if columns else (zero[: len(piece)], one[: len(piece)])
+            d = torch.sub(piece, p, out=buffer)
+            square, total = _two_sums(d, d, zero, one, columns)
             squares.append(square)
             totals.append(total)
-    total, square = _add_up(totals, squares, channels).unbind()
-    return pivot.double(), total, square
+    sums = _add_up(totals, squares, channels * parts)
+    if parts > 1:
+        sums = sums.view(2, channels, parts).sum(2)
+    return pivot.double(), sums[0], sums[1]
+
+
+def _equal_parts(length: int) -> int:
+    """A number of equal parts of a row, each within `_MAX_RUN`; 1 if the row is within it, or has no such parts."""
+    least = -(-length // _MAX_RUN)
+    return next((parts for parts in range(least, 2 * least) if length % parts == 0), 1)
 
 
 def _rough_mean(matrix: Tensor, channels: int, columns: bool) -> Tensor:
@@ -290,10 +338,10 @@ def _rough_mean(matrix: Tensor, channels: int, columns: bool) -> Tensor:
 
 def _two_sums(a: Tensor, b: Tensor, pivot: Tensor, one: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
     """`(sum a * (b - pivot), sum a)` per channel, of matrices or of `(*, channels, positions)`."""
-    if columns:
-        a, b = (t.view(1, len(t), 1, -1).permute(0, 3, 1, 2) for t in (a, b))
-    elif a.dim() == 2:
-        a, b = a.unsqueeze(0), b.unsqueeze(0)
+    if a.dim() == 2:
+        same = a is b
+        a = a.view(1, len(a), 1, -1).permute(0, 3, 1, 2) if columns else a.unsqueeze(0)
+        b = a if same else b.view(1, len(b), 1, -1).permute(0, 3, 1, 2) if columns else b.unsqueeze(0)
     _, dot, total = _batch_norm_backward(a, b, None, pivot, one, None, None, False, 0.0, [False, True, True])
     return dot, total
 
@@ -339,12 +387,27 @@ def _matrix(t: Tensor, columns: bool) -> Tensor:
     return t.contiguous().view(t.shape[0] * t.shape[1], -1)
 
 
+def _blocks(matrix: Tensor, columns: bool, channels: int) -> Sequence[Tensor]:
+    """A matrix with narrow columns joined: all but the last few rows as a wider one, and those."""
+    joined = max(1, _WIDTH // channels)
+    if not columns or joined == 1 or len(matrix) < joined:
+        return (matrix,)
+    end = len(matrix) // joined * joined
+    wide = matrix[:end].view(-1, joined * channels)
+    return (wide, matrix[end:]) if end < len(matrix) else (wide,)
+
+
+def _fits_slice(x: Tensor) -> bool:
+    """Whether x is not worth cutting: it is small, or not on a CPU."""
+    return x.device.type != "cpu" or x.numel() * _opmath(x).itemsize <= _SLICE_BYTES * torch.get_num_threads()
+
+
 def _rows_per_slice(t: Tensor) -> int:
     """Entries of the first dimension whose opmath values fill a slice; on other devices than a CPU, all."""
     if t.device.type != "cpu":
         return len(t)
     row_bytes = _opmath(t).itemsize * (t.numel() // len(t))
-    return max(1, min(_MAX_RUN, _SLICE_BYTES * torch.get_num_threads() // row_bytes))
+    return max(1, _SLICE_BYTES * torch.get_num_threads() // row_bytes)
 
 
 def _pieces(tensors: Sequence[Tensor], vectors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -353,17 +416,20 @@ def _pieces(tensors: Sequence[Tensor], vectors: Sequence[Tensor]) -> Iterator[li
     The strides of the first two tensors agree; the others are copied if theirs differ where slices are cut.
     """
     x = tensors[0]
-    columns = _has_columns(x)
-    fits = x.device.type != "cpu" or x.numel() * _opmath(x).itemsize <= _SLICE_BYTES * torch.get_num_threads()
-    if fits or columns is None:
-        shape = (-1, *[1] * (x.dim() - 2))
-        yield [*tensors, *(vector.view(shape) for vector in vectors)]
+    columns = None if _fits_slice(x) else _has_columns(x)
+    if columns is None:
+        yield [*tensors, *(_along_channels(vector, x) for vector in vectors)]
         return
-    matrices = [_matrix(t, columns) for t in tensors]
-    step = _rows_per_slice(matrices[0])
-    spread = [_spread(vector, matrices[0], step, columns) for vector in vectors]
-    for group in zip(*(_cut(matrix, step) for matrix in matrices), *spread, strict=False):
-        yield list(group)
+    blocks = [_blocks(_matrix(t, columns), columns, x.shape[1]) for t in tensors]
+    for group in zip(*blocks, strict=True):
+        step = _rows_per_slice(group[0])
+        spread = [_spread(vector, group[0], step, columns) for vector in vectors]
+        yield from map(list, zip(*(_cut(t, step) for t in group), *spread, strict=False))
+
+
+def _along_channels(vector: Tensor, x: Tensor) -> Tensor:
+    """A per-channel vector that broadcasts against x."""
+    return vector if x.dim() == 2 else vector.view(-1, *[1] * (x.dim() - 2))
 
 
 def _cut(t: Tensor, step: int, dim: int = 0) -> Sequence[Tensor]:
@@ -371,8 +437,8 @@ def _cut(t: Tensor, step: int, dim: int = 0) -> Sequence[Tensor]:
     return (t,) if step >= t.shape[dim] else torch.split(t, step, dim)
 
 
-def _spread(vector: Tensor, matrix: Tensor, step: int, columns: bool) -> Iterable[Tensor]:
-    """For each slice of the matrix, the values of a per-channel vector that broadcast against it."""
-    if columns:
-        return repeat(vector)
-    return _cut(vector.repeat(len(matrix) // len(vector)).unsqueeze(1), step)
+def _spread(vector: Tensor, block: Tensor, step: int, columns: bool) -> Iterable[Tensor]:
+    """For each slice of the block, the values of a per-channel vector that broadcast against it."""
+    copies = block.shape[1 if columns else 0] // len(vector)
+    spread = vector if copies == 1 else vector.repeat(copies)
+    return repeat(spread) if columns else _cut(spread.unsqueeze(1), step)

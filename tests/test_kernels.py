@@ -1,0 +1,377 @@
+"""The per-rank arithmetic: the reference against PyTorch in float64, the fast kernels against the reference."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import batch_norm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from syncbn.kernels import aten, reference
+
+EPS = 1e-5
+SHAPES = [
+    (6, 5),
+    (4, 3, 7),
+    (5, 6, 3, 3),
+    (3, 2, 9, 7),
+    (2, 3, 4, 5, 6),
+    (2, 3, 2, 2, 2, 3),
+    (4, 3, 1, 1),
+    (3, 1, 4, 4),
+]
+LAYOUTS = ["contiguous", "channels_last", "strided", "transposed"]
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 4e-2, torch.float32: 5e-6, torch.float64: 1e-12}
+
+
+@pytest.fixture(autouse=True, params=["whole", "sliced"])
+def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs with slices as shipped, and with slices so short that small tensors need many."""
+    if request.param == "sliced":
+        monkeypatch.setattr(aten, "_SLICE_BYTES", 64)
+        monkeypatch.setattr(aten, "_MAX_RUN", 4)
+        monkeypatch.setattr(aten, "_WIDTH", 16)
+        monkeypatch.setattr(aten, "_SMALL", 0)
+    return request.param
+
+
+@pytest.fixture
+def shipped_only(slices: str) -> None:
+    """For tests of inputs large enough to be sliced as shipped."""
+    if slices == "sliced":
+        pytest.skip("large input: sliced as shipped")
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The values of x with other strides."""
+    if layout == "channels_last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "strided":
+        return torch.stack([x, x + 1], -1)[..., 0]
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    return x.contiguous()
+
+
+def example(shape: tuple[int, ...], dtype: torch.dtype, layout: str, mean: float = 2.0) -> dict[str, Tensor]:
+    """A layer call: input, gradient, residual, parameters and the exact statistics of the input."""
+    torch.manual_seed(0)
+    x = laid_out((torch.randn(shape, dtype=torch.float64) + mean).to(dtype), layout)
+    channels = shape[1]
+    moments = reference.moments(x)
+    count, local_mean, m2 = moments[0], moments[1 : channels + 1], moments[channels + 1 :]
+    return {
+        "x": x,
+        "grad": laid_out(torch.randn(shape).to(dtype), layout),
+        "residual": laid_out(torch.randn(shape).to(dtype), layout),
+        "weight": torch.rand(channels) + 0.5,
+        "bias": torch.randn(channels),
+        "count": count,
+        "mean": local_mean,
+        "invstd": (m2 / count + EPS).rsqrt(),
+    }
+
+
+def assert_same(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert actual.stride() == expected.stride()
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=4 * tolerance)
+
+
+def oracle(e: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Output and input gradient of PyTorch's batch normalization in float64."""
+    x = e["x"].double().clone().requires_grad_()
+    y = batch_norm(x, None, None, e["weight"].double(), e["bias"].double(), True, 0.0, EPS)
+    return y.detach(), torch.autograd.grad(y, x, e["grad"].double())[0]
+
+
+@pytest.mark.parametrize("kernels", [reference, aten])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float64_agrees_with_torch(kernels, layout, shape):
+    e = example(shape, torch.float64, layout)
+    channels = shape[1]
+    count, mean, m2 = kernels.moments(e["x"]).split([1, channels, channels])
+    invstd = (m2 / count + EPS).rsqrt()
+    y, dx = oracle(e)
+    torch.testing.assert_close(
+        kernels.normalize(e["x"], mean, invstd, e["weight"], e["bias"]), y, rtol=1e-12, atol=1e-12
+    )
+    sums = kernels.gradient_sums(e["grad"], e["x"], mean, invstd)
+    actual = kernels.input_gradient(e["grad"], e["x"], mean, invstd, e["weight"], sums, count[0])
+    torch.testing.assert_close(actual, dx, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_agree_with_reference(dtype, layout, shape):
+    e = example(shape, dtype, layout)
+    before = {name: tensor.clone() for name, tensor in e.items()}
+    x, grad, mean, invstd, weight, bias = (e[k] for k in ("x", "grad", "mean", "invstd", "weight", "bias"))
+    for raw in (False, True):
+        assert_same(aten.moments(x, raw=raw), reference.moments(x, raw=raw), torch.float32)
+    for w, b in ((weight, bias), (weight.half(), None), (None, bias.double()), (None, None)):
+        for residual, relu in itertools.product((None, e["residual"]), (False, True)):
+            args = (x, mean, invstd, w, b, residual, relu)
+            assert_same(aten.normalize(*args), reference.normalize(*args), dtype)
+    sums = reference.gradient_sums(grad, x, mean, invstd)
+    assert_same(aten.gradient_sums(grad, x, mean, invstd), sums, torch.float32)
+    for w in (weight, None):
+        args = (grad, x, mean, invstd, w, sums, e["count"])
+        assert_same(aten.input_gradient(*args), reference.input_gradient(*args), dtype)
+    for name, tensor in e.items():
+        assert torch.equal(tensor, before[name]), f"{name} was modified"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("other", ["contiguous", "channels_last", "strided", "expanded"])
+def test_gradient_of_any_strides(dtype, layout, other):
+    e = example((5, 6, 3, 4), dtype, layout)
+    x, mean, invstd = e["x"], e["mean"], e["invstd"]
+    grad = torch.ones((), dtype=dtype).expand(x.shape) if other == "expanded" else laid_out(e["grad"], other)
+    sums = reference.gradient_sums(grad, x, mean, invstd)
+    torch.testing.assert_close(aten.gradient_sums(grad, x, mean, invstd), sums, rtol=1e-5, atol=1e-5)
+    args = (grad, x, mean, invstd, e["weight"], sums, e["count"])
+    assert_same(aten.input_gradient(*args), reference.input_gradient(*args), dtype)
+    args = (grad, x, mean, invstd, e["weight"], e["bias"], grad)
+    assert_same(aten.relu_gradient(*args), reference.relu_gradient(*args), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_relu_gradient_follows_the_very_sign_of_the_output(dtype, layout, with_residual):
+    e = example((5, 6, 9, 4), dtype, layout)
+    # Weights near zero and no bias: many outputs are close to zero, or round to it.
+    args = (e["x"], e["mean"], e["invstd"], e["weight"] * 1e-7, None, e["residual"] * 1e-7 if with_residual else None)
+    y = aten.normalize(*args, relu=True)
+    masked = aten.relu_gradient(torch.ones_like(y), *args)
+    assert torch.equal(masked, (y > 0).to(dtype))
+    assert masked.stride() == torch.empty_like(e["x"]).stride()
+
+
+@pytest.mark.parametrize("kernels", [reference, aten])
+def test_relu_gradient_of_nan_is_that_of_torch(kernels):
+    e = example((4, 3, 5), torch.float32, "contiguous")
+    residual = torch.zeros(4, 3, 5)
+    residual[0, 0, 0], residual[1, 1, 1], residual[2, 2, 2] = torch.nan, torch.inf, -torch.inf
+    args = (e["x"], e["mean"], e["invstd"], e["weight"], e["bias"], residual)
+    y = kernels.normalize(*args).requires_grad_()
+    expected = torch.autograd.grad(y.relu(), y, e["grad"])[0]
+    assert torch.equal(kernels.relu_gradient(e["grad"], *args), expected)
+    assert kernels.normalize(*args, relu=True)[0, 0, 0].isnan()
+
+
+def test_expanded_input():
+    row = torch.randn(1, 5, 1, 3)
+    x = row.expand(4, 5, 6, 3)
+    mean, invstd = torch.randn(5).double(), torch.rand(5).double()
+    torch.testing.assert_close(aten.moments(x), reference.moments(x), rtol=1e-5, atol=1e-5)
+    assert_same(
+        aten.normalize(x, mean, invstd, None, None, relu=True),
+        reference.normalize(x, mean, invstd, None, None, relu=True),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("kernels", [reference, aten])
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_empty_input_gives_zeros(kernels, shape, dtype):
+    x = torch.empty(shape, dtype=dtype)
+    one, zero = torch.ones(3).double(), torch.zeros(3).double()
+    for raw in (False, True):
+        assert torch.equal(kernels.moments(x, raw=raw), torch.zeros(7, dtype=torch.float64))
+    assert kernels.normalize(x, zero, one, None, None, x, True).shape == shape
+    sums = kernels.gradient_sums(x, x, zero, one)
+    assert torch.equal(sums, torch.zeros(6, dtype=torch.float64))
+    assert kernels.input_gradient(x, x, zero, one, None, sums, torch.zeros(()).double()).dtype is dtype
+    assert kernels.relu_gradient(x, x, zero, one, None, None).shape == shape
+
+
+@pytest.mark.parametrize("kernels", [reference, aten])
+def test_zero_count_is_one(kernels):
+    e = example((4, 3, 5), torch.float32, "contiguous")
+    args = (e["grad"], e["x"], e["mean"], e["invstd"], None, torch.ones(6).double())
+    dx = kernels.input_gradient(*args, torch.zeros((), dtype=torch.float64))
+    assert dx.isfinite().all()
+    assert torch.equal(dx, kernels.input_gradient(*args, torch.ones((), dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("position", [0, -1])
+def test_non_finite_input_stays_in_its_channel(layout, bad, position):
+    x = torch.randn(6, 4, 5, 5)
+    x[position, 1, position, position] = bad
+    x = laid_out(x, layout)
+    for raw in (False, True):
+        _, first, second = aten.moments(x, raw=raw).split([1, 4, 4])
+        finite = torch.tensor([True, False, True, True])
+        assert torch.equal(second.isfinite(), finite)
+        assert torch.equal(first.isfinite(), finite)
+    invstd = (aten.moments(x)[5:] / 150 + EPS).rsqrt()
+    y = aten.normalize(x, aten.moments(x)[1:5], invstd, None, None)
+    assert y[:, 1].isnan().all() and y[:, [0, 2, 3]].isfinite().all()
+
+
+def test_constant_channel_has_no_variance():
+    for value in (0.0, 0.1, 1e5, -3e7):
+        _, mean, m2 = aten.moments(torch.full((6, 2, 9, 9), value)).split([1, 2, 2])
+        torch.testing.assert_close(mean, torch.full((2,), torch.tensor(value).item()).double(), rtol=1e-14, atol=0)
+        assert (m2 >= 0).all() and (m2 <= 1e-9 * value**2).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_counts_and_sums_beyond_65504(layout, dtype, shipped_only):
+    x = laid_out((torch.randn(3, 4, 160, 160) + 3).to(dtype), layout)
+    assert aten.moments(x)[0] == 76800
+    torch.testing.assert_close(aten.moments(x), reference.moments(x), rtol=1e-5, atol=0)
+    mean, invstd = torch.full((4,), 3.0).double(), torch.ones(4).double()
+    expected = reference.gradient_sums(x, x, mean, invstd)
+    assert expected[0] > 65504
+    torch.testing.assert_close(aten.gradient_sums(x, x, mean, invstd), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(8, 16, 28, 28), (2, 8, 150, 150), (1, 3, 300, 200)])
+@pytest.mark.parametrize("ratio", [0.0, 10.0, 1e3, 1e4, 1e5])
+def test_float32_never_less_accurate_than_torch(layout, shape, ratio, shipped_only):
+    e = example(shape, torch.float32, layout, mean=ratio)
+    x, grad, channels = e["x"], e["grad"], shape[1]
+    y, dx = oracle(e)
+
+    count, mean, m2 = aten.moments(x).split([1, channels, channels])
+    exact = x.double().var((0, *range(2, x.dim())), correction=0)
+    assert ((m2 / count - exact).abs() / exact).max() < 1e-4
+    raw_count, total, square = aten.moments(x, raw=True).split([1, channels, channels])
+    raw_var = square / raw_count - (total / raw_count).square()
+    assert ((raw_var - exact).abs() / exact).max() < 1e-4
+
+    invstd = (m2 / count + EPS).rsqrt()
+    ours = aten.normalize(x, mean, invstd, e["weight"], e["bias"])
+    sums = aten.gradient_sums(grad, x, mean, invstd)
+    our_dx = aten.input_gradient(grad, x, mean, invstd, e["weight"], sums, count[0])
+
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    theirs = batch_norm(leaf, None, None, e["weight"], e["bias"], True, 0.0, EPS)
+    their_dx = torch.autograd.grad(theirs, leaf, grad)[0]
+    # Near zero mean both are as good as float32 can be: two ulps of the largest value.
+    floor = 2 * torch.finfo(torch.float32).eps
+    assert (ours - y).abs().max() <= max((theirs - y).abs().max(), floor * y.abs().max())
+    assert (our_dx - dx).abs().max() <= max((their_dx - dx).abs().max(), floor * dx.abs().max())
+
+
+@pytest.mark.parametrize("ratio", [0.0, 3.0, 1e5])
+@pytest.mark.parametrize("shape", [(1_000_003, 2), (1, 2, 1_000_003)])
+def test_long_runs_keep_their_digits(shape, ratio, shipped_only):
+    x = torch.randn(shape) + ratio
+    _, mean, m2 = aten.moments(x).split([1, 2, 2])
+    _, exact_mean, exact_m2 = reference.moments(x).split([1, 2, 2])
+    torch.testing.assert_close(m2, exact_m2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean, exact_mean, rtol=0, atol=2e-8)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout_of", ["first sample far off", "first row far off", "first pixel far off"])
+def test_statistics_do_not_depend_on_a_lucky_pivot(layout, layout_of):
+    x = torch.randn(32, 4, 12, 12)
+    far = {"first sample far off": x[:1], "first row far off": x[..., :1, :], "first pixel far off": x[..., :1, :1]}
+    far[layout_of].add_(1e4)
+    x = laid_out(x, layout)
+    _, mean, m2 = aten.moments(x).split([1, 4, 4])
+    _, exact_mean, exact_m2 = reference.moments(x).split([1, 4, 4])
+    torch.testing.assert_close(m2, exact_m2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean, exact_mean, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_results_are_deterministic(layout):
+    e = example((8, 6, 20, 20), torch.float32, layout)
+    first, second = aten.moments(e["x"]), aten.moments(e["x"].clone(memory_format=torch.preserve_format))
+    assert torch.equal(first, second)
+    args = (e["x"], e["mean"], e["invstd"])
+    assert torch.equal(aten.gradient_sums(e["grad"], *args), aten.gradient_sums(e["grad"], *args))
+
+
+class Allocations(TorchDispatchMode):
+    """Counts ATen calls and records the bytes of each storage they create."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.storages: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                # Keeps the tensor, so that no address is used twice.
+                self.storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return result
+
+    def sizes(self, known: Iterator[Tensor]) -> list[int]:
+        """Bytes of the new storages, largest first."""
+        old = {t.untyped_storage().data_ptr() for t in known}
+        return sorted(
+            (t.untyped_storage().nbytes() for address, t in self.storages.items() if address not in old), reverse=True
+        )
+
+
+def calls(e: dict[str, Tensor]) -> dict[str, object]:
+    """Each kernel, applied to an example."""
+    x, grad, mean, invstd, weight, bias = (e[k] for k in ("x", "grad", "mean", "invstd", "weight", "bias"))
+    sums = reference.gradient_sums(grad, x, mean, invstd)
+    return {
+        "moments": lambda: aten.moments(x, raw=True),
+        "normalize": lambda: aten.normalize(x, mean, invstd, weight, bias),
+        "normalize, relu": lambda: aten.normalize(x, mean, invstd, weight, bias, e["residual"], True),
+        "gradient_sums": lambda: aten.gradient_sums(grad, x, mean, invstd),
+        "input_gradient": lambda: aten.input_gradient(grad, x, mean, invstd, weight, sums, e["count"]),
+        "relu_gradient": lambda: aten.relu_gradient(grad, x, mean, invstd, weight, bias),
+    }
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_temporary_larger_than_a_slice(layout, dtype, shipped_only):
+    e = example((4, 32, 96, 96), dtype, layout)
+    full = e["x"].untyped_storage().nbytes()
+    assert e["x"].numel() * 4 > 2 * aten._SLICE_BYTES
+    for name, call in calls(e).items():
+        with Allocations() as log:
+            call()
+        sizes = log.sizes(iter(e.values()))
+        if "sums" not in name and name != "moments":
+            assert sizes.pop(0) == full
+        assert sizes[0] <= aten._SLICE_BYTES * torch.get_num_threads(), name
+
+
+def test_few_calls_for_a_small_layer(shipped_only):
+    e = example((64, 256), torch.float32, "contiguous")
+    counts = {}
+    for name, call in calls(e).items():
+        with Allocations() as log:
+            call()
+        counts[name] = log.calls
+    limits = {"moments": 7, "normalize": 10, "gradient_sums": 8, "input_gradient": 19}
+    assert all(counts[name] <= limit for name, limit in limits.items()), counts
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_nothing_is_read_back_to_the_host(layout, dtype):
+    # A fake tensor has no values: asking for one raises.
+    e = example((5, 6, 8, 8), dtype, layout)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = {name: mode.from_tensor(tensor) for name, tensor in e.items()}
+        for name, call in calls(fake).items():
+            assert isinstance(call(), torch._subclasses.FakeTensor), name
