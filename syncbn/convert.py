@@ -7,6 +7,7 @@ remembered and given back by ``revert_sync_batchnorm``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from syncbn import functional
@@ -27,7 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 
 _LAZY = {nn.BatchNorm1d: nn.LazyBatchNorm1d, nn.BatchNorm2d: nn.LazyBatchNorm2d, nn.BatchNorm3d: nn.LazyBatchNorm3d}
 _WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_OURS = ("_group", "layer_name", "activation", "_origin")
+_OURS = ("_group", "_layer_name", "_activation", "_origin")
 
 
 def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
@@ -53,7 +55,8 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
 
     Raises:
         ValueError, TypeError: for a process group as in ``SyncBatchNorm``.
-        TypeError: a subclass of ``nn.SyncBatchNorm`` or of a lazy batch norm.
+        TypeError: a subclass of ``nn.SyncBatchNorm`` or of a lazy batch norm, or a layer with a forward of its own as
+            an attribute of the object.
 
     Collectives:
         None. (To compare the layers of all ranks, call ``check_ranks_agree``.)
@@ -69,12 +72,18 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
         (name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm | _LazyNormBase)
     ]
     # All or nothing: a model that is converted by half is no use to anybody.
-    classes = {type(layer): _synchronized_class(type(layer), name) for name, layer in found}
+    for name, layer in found:
+        if "forward" in layer.__dict__ and not isinstance(layer, SyncBatchNorm):
+            raise TypeError(
+                f"layer {name!r}: the forward of this {type(layer).__name__} was replaced on the object by "
+                f"{layer.__dict__['forward']!r}, which would stay local. Convert the model before wrapping its layers."
+            )
+    classes = {_class(layer): _synchronized_class(_class(layer), name) for name, layer in found}
     for name, layer in found:
         if isinstance(layer, SyncBatchNorm):
-            layer.layer_name = layer.layer_name or layer_name(name)
+            layer._layer_name = layer._layer_name or layer_name(name)
             continue
-        target = classes[type(layer)]
+        target = classes[_class(layer)]
         if target is None:
             continue
         layer_handle = handle
@@ -82,9 +91,9 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
             own = layer.__dict__.pop("process_group", None)
             layer_handle = handle if process_group is not None else GroupHandle(own)
         layer._group = layer_handle
-        layer.layer_name = layer_name(name)
-        layer._origin = _origin(type(layer))
-        layer.__class__ = target
+        layer._layer_name = layer_name(name)
+        layer._origin = _origin(_class(layer))
+        _become(layer, target)
     return module
 
 
@@ -107,19 +116,18 @@ def revert_sync_batchnorm(module: M) -> M:
     for layer in layers:
         if isinstance(layer, nn.SyncBatchNorm):
             layer.__dict__.pop("process_group", None)
-            layer.__class__ = LocalBatchNorm  # type: ignore[assignment]
+            _become(layer, LocalBatchNorm)
         elif isinstance(layer, SyncBatchNorm):
             origin: Any = layer._origin or LocalBatchNorm
             if isinstance(layer, LazySyncBatchNorm):
                 origin = _LAZY[origin]
-            activation = layer.__dict__.get("activation")
-            if activation is not None and type(layer) is SyncBatchNorm:
+            if layer._activation is not None:
                 origin = LocalBatchNorm
-            kept = ("activation",) if origin is LocalBatchNorm else ()
+            kept = ("_activation",) if origin is LocalBatchNorm else ()
             for name in _OURS:
                 if name not in kept:
                     layer.__dict__.pop(name, None)
-            layer.__class__ = origin
+            _become(layer, origin)
     return module
 
 
@@ -134,14 +142,14 @@ class LocalBatchNorm(_BatchNorm):
     What ``revert_sync_batchnorm`` makes of a layer that was built as a ``SyncBatchNorm``.
     """
 
-    activation: str | None = None
+    _activation: str | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize, add, activate; shapes as in ``SyncBatchNorm.forward``. Collectives: none."""
         y = super().forward(input)
         if residual is not None:
             y = y + residual
-        return F.relu(y) if self.activation == "relu" else y
+        return F.relu(y) if self._activation == "relu" else y
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -156,6 +164,19 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
     def initialize_parameters(self, input: Tensor, residual: Tensor | None = None) -> None:
         """Take ``num_features`` from the input."""
         super().initialize_parameters(input)
+
+
+def _class(layer: nn.Module) -> Any:
+    """The layer's class, below the one that torch.nn.utils.parametrize puts on top of it for each layer."""
+    return type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
+
+
+def _become(layer: nn.Module, cls: Any) -> None:
+    """Give the layer class ``cls``, below that of its parametrizations if it has some."""
+    if parametrize.is_parametrized(layer):
+        body = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), body)
+    layer.__class__ = cls
 
 
 def _origin(cls: Any) -> type[_BatchNorm] | None:
@@ -191,29 +212,28 @@ def _subclass_of(cls: Any) -> type[SyncBatchNorm]:
     """``cls`` with SyncBatchNorm behind it: in its method order ``super().forward`` reaches ours."""
     body: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": _reduce}
     target: Any = type(f"Sync{cls.__name__}", (cls, SyncBatchNorm), body)
-    if not _reaches_ours(cls):
+    forwards = [
+        base.__dict__["forward"] for base in cls.__mro__[: cls.__mro__.index(_BatchNorm)] if "forward" in vars(base)
+    ]
+    if forwards:
+        plain = all(_calls_super(forward) for forward in forwards)
 
         def forward(self: SyncBatchNorm, *args: Any, **kwargs: Any) -> Any:
-            return _watched_forward(self, super(target, self).forward, args, kwargs)
+            above = super(target, self).forward
+            if plain and torch.compiler.is_compiling():
+                return above(*args, **kwargs)
+            return _watched_forward(self, above, args, kwargs, _Watch() if plain else _Redirect(self))
 
         target.forward = forward
         target._normalize = _reached_normalize
     return target
 
 
-def _reaches_ours(cls: type[_BatchNorm]) -> bool:
-    """Whether a forward of ``cls`` certainly ends in ours, so that it needs no watching."""
-    for base in cls.__mro__:
-        if base is _BatchNorm:
-            return True
-        forward = base.__dict__.get("forward")
-        if forward is not None:
-            code = getattr(forward, "__code__", None)
-            names = code.co_names if code is not None else ()
-            # Only the plain form: what else a forward calls may hide an F.batch_norm.
-            if not ("super" in names and "forward" in names) or "batch_norm" in names:
-                return False
-    return False
+def _calls_super(forward: Any) -> bool:
+    """Whether a forward seems to end in ours: then the costly watching for ``F.batch_norm`` is left out."""
+    code = getattr(forward, "__code__", None)
+    names = code.co_names if code is not None else ()
+    return "super" in names and "forward" in names and "batch_norm" not in names
 
 
 def _new_converted(cls: Any) -> SyncBatchNorm:
@@ -226,13 +246,20 @@ def _reduce(self: SyncBatchNorm, protocol: Any) -> tuple[Any, ...]:
     return _new_converted, (self._origin,), self.__getstate__()
 
 
+class _Watch(contextlib.nullcontext[None]):
+    """Notes whether a subclass's forward has reached the synchronized one."""
+
+    reached = False
+
+
 class _Redirect(TorchFunctionMode):
-    """Sends a layer's own call of ``F.batch_norm`` in training through the synchronized function."""
+    """The same, and sends a layer's own call of ``F.batch_norm`` in training through the synchronized function."""
+
+    reached = False
 
     def __init__(self, layer: SyncBatchNorm) -> None:
         super().__init__()
         self.layer = layer
-        self.reached = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -255,9 +282,10 @@ class _Redirect(TorchFunctionMode):
         ours = (layer.running_mean, layer.weight)
         theirs = (running_mean, weight)
         same = any(a is b for a, b in zip(ours, theirs, strict=True) if b is not None) or theirs == (None, None)
+        uses_batch = training or running_mean is None
+        self.reached = self.reached or (same and (training or not uses_batch))
         if not training or not same:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        self.reached = True
 
         def remember(moments: Moments | None) -> None:
             if moments is not None and not recomputing():
@@ -266,38 +294,45 @@ class _Redirect(TorchFunctionMode):
         return functional.batch_norm(
             input, running_mean, running_var, weight, bias, None,
             training=True, eps=eps, group=layer._group.resolve(), activation=None, remember=remember,
-            local_momentum=momentum, channels=layer.num_features, layer=layer.layer_name,
+            local_momentum=momentum, channels=layer.num_features or None, layer=layer._layer_name,
         )  # fmt: skip
 
 
-def _watched_forward(self: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _watched_forward(
+    self: Any,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    watch: _Watch | _Redirect,
+) -> Any:
     """The subclass's own forward, watched: its batch statistics are the global ones, or it raises."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     here = torch.device("cpu") if not tensors else tensors[0].device
     if not self.training or not must_synchronize(link(self._group.resolve(), here)):
         return forward(*args, **kwargs)
-    redirect = self.__dict__["_redirect"] = _Redirect(self)
+    self.__dict__["_watch"] = watch
     try:
-        with redirect:
+        with watch:
             output = forward(*args, **kwargs)
     except Exception as error:
-        if not redirect.reached and tensors:
-            functional.tell_peers(error, tensors[0], self._group.resolve(), self.layer_name, self.num_features)
+        if not watch.reached and tensors:
+            functional.tell_peers(error, tensors[0], self._group.resolve(), self._layer_name, self.num_features)
         raise
     finally:
-        del self.__dict__["_redirect"]
-    if not redirect.reached and not any(output is arg for arg in args):
-        origin = self._origin
+        del self.__dict__["_watch"]
+    if not watch.reached and not any(output is arg for arg in args):
+        cls = f"{self._origin.__module__}.{self._origin.__qualname__}"
+        instead = " and without F.batch_norm on its own running statistics or weight"
         raise RuntimeError(
-            f"layer {self.layer_name!r}: {origin.__module__}.{origin.__qualname__}.forward computed its output without "
-            "super().forward and without F.batch_norm on its own running statistics or weight, so its statistics "
-            "would be those of this rank alone. Let it call one of them, or convert the model without this layer."
+            f"layer {self._layer_name!r}: in training, {cls}.forward computed its output without super().forward"
+            f"{instead if isinstance(watch, _Redirect) else ''}, so its statistics would be those of this rank alone. "
+            "Let it call super().forward, or convert the model without this layer."
         )
     return output
 
 
 def _reached_normalize(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-    redirect = self.__dict__.get("_redirect")
-    if redirect is not None:
-        redirect.reached = True
+    watch = self.__dict__.get("_watch")
+    if watch is not None:
+        watch.reached = True
     return SyncBatchNorm._normalize(self, *args, **kwargs)

@@ -60,7 +60,7 @@ def _manifest(model: nn.Module) -> list[dict[str, Any]]:
     lines = []
     for name, layer in model.named_modules():
         if isinstance(layer, SyncBatchNorm):
-            layer.layer_name = layer.layer_name or layer_name(name)
+            layer._layer_name = layer._layer_name or layer_name(name)
             group = layer.process_group
             lines.append(
                 {
@@ -73,7 +73,7 @@ def _manifest(model: nn.Module) -> list[dict[str, Any]]:
                     "bias": layer.bias is not None,
                     "track_running_stats": layer.track_running_stats,
                     "training": layer.training,
-                    "activation": layer.activation,
+                    "activation": layer._activation,
                     "group_size": None if group is None else group.size(),
                 }
             )

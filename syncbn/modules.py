@@ -14,6 +14,28 @@ from syncbn.moments import Moments, update_running_stats
 from syncbn.recompute import recomputing
 
 
+class _Attribute:
+    """A public attribute that is kept under a private name and gives way to one that the layer itself has.
+
+    A class that ``convert_sync_batchnorm`` meets may well have an ``activation`` of its own.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        if layer is None:
+            return self
+        for own in (layer.__dict__, layer._modules):
+            if self.name in own:
+                return own[self.name]
+        return getattr(layer, f"_{self.name}")
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        name = self.name if self.name in layer.__dict__ else f"_{self.name}"
+        layer.__dict__[name] = value
+
+
 class SyncBatchNorm(_BatchNorm):
     """Batch normalization over the global mini-batch: all ranks of a process group normalize alike.
 
@@ -60,10 +82,12 @@ class SyncBatchNorm(_BatchNorm):
     torch.Size([4, 3, 8, 8])
     """
 
-    activation: str | None = None
-    layer_name: str = ""
+    activation: Any = _Attribute()
+    layer_name: Any = _Attribute()
     """Qualified name in its model, for errors and to tell layers apart; set by ``convert_sync_batchnorm``."""
 
+    _activation: str | None = None
+    _layer_name: str = ""
     _group = GroupHandle()
     _origin: type[_BatchNorm] | None = None  # the class it was converted from
 
@@ -133,11 +157,11 @@ class SyncBatchNorm(_BatchNorm):
             training=self.training,
             eps=self.eps,
             group=self._group.resolve(),
-            activation=self.activation,
+            activation=self._activation,
             remember=self._remember if remembers else None,
             local_momentum=self.momentum,
-            channels=self.num_features,
-            layer=self.layer_name,
+            channels=self.num_features or None,  # a lazy layer that loaded a state_dict never learns its number
+            layer=self._layer_name,
             check=self._check_input_dim,
         )
 
@@ -166,4 +190,4 @@ class SyncBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+        return text if self._activation is None else f"{text}, activation={self._activation!r}"
