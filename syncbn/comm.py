@@ -493,7 +493,7 @@ class AllReduce(Link):
         self._reduce(message, call, width)
         slots = self._SLOTS.unpack_from(raw)
         self._broken = slots[4:]
-        if _checks != "off":
+        if _checks != "off" or slots[2]:
             self._check(slots, call, width, self._number)
         return body
 

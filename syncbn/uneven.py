@@ -179,7 +179,7 @@ def _share_example(link: Link, where: torch.device, example: Any) -> Any:
     received = bytes(_share(link, where, given))
     if example is not None:
         return example
-    # The giver's device may be another one than this rank's. (A peer is trusted as its gradients are: any class may come.)
+    # Of a GPU only its number differs between ranks. (A peer is trusted as its gradients are: any class may come.)
     places = {f"{where.type}:{index}": str(where) for index in range(64)}
     return torch.load(io.BytesIO(received), map_location=places, weights_only=False)
 
