@@ -4,7 +4,8 @@
     python _worker.py [--mpi] [--check] -m module arguments
 
 * Under ``mpiexec``: set the variables that torchrun would have set.
-* Give the rank its own cores (if ``SYNCBN_PIN=1``) and, on a single host, the loopback interface for gloo.
+* Give the rank cores of its own, if there are ``SYNCBN_PIN`` or more for each (0 or not set: never), and on a single
+  host the loopback interface for gloo.
 * After a restart: keep this attempt's keys in the store apart from those of the attempts before.
 * Die with the agent of torchrun, so that no rank outlives the job.
 
@@ -35,9 +36,9 @@ def main() -> None:
     else:
         die_with_parent()
     world, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if os.environ.get("SYNCBN_PIN") == "1":
+    if least := int(os.environ.get("SYNCBN_PIN", "0")):
         # torchrun numbers the ranks of a host one after the other, also where all have LOCAL_RANK=0.
-        pin(int(os.environ["LOCAL_RANK"]) if under_mpi else int(os.environ["RANK"]) % here, here)
+        pin(int(os.environ["LOCAL_RANK"]) if under_mpi else int(os.environ["RANK"]) % here, here, least)
     if world == here and any(name == "lo" for _, name in socket.if_nameindex()):
         # gloo would ask for the address of the host's name, which not every machine can resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -156,17 +157,17 @@ def _address_towards(peer: str) -> str:
 # ---- cores
 
 
-def pin(index: int, count: int) -> None:
+def pin(index: int, count: int, least: int = 1) -> None:
     """Keep this process on its share of the cores it may use: share ``index`` of ``count``.
 
     Neighbours in the machine stay together: cores are ordered by package and core, so that the threads of one core
-    are shared between ranks only where the shares do not come out even. Nothing happens where there are fewer cores
-    than shares.
+    are shared between ranks only where the shares do not come out even. Nothing happens where there are fewer than
+    ``least`` cores per share.
     """
     if not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0), key=_place)
-    if len(cores) >= count:
+    if len(cores) >= count * least:
         os.sched_setaffinity(0, cores[index * len(cores) // count : (index + 1) * len(cores) // count])
 
 

@@ -47,6 +47,9 @@ _SWITCHES = {"--standalone", "--no-python", "--run-path", "--virtual-local-rank"
 # Whoever gives one of these says where the ranks meet, so the launcher does not.
 _MEETING = ("standalone", "rdzv-backend", "rdzv-endpoint", "master-addr", "master-port", "node-rank")
 
+# Where MPIs look for a host file that no option names.
+_HOST_FILES = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "HYDRA_HOST_FILE")
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -172,7 +175,7 @@ def _add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
             "--pin",
             action=flag,
             default=None,
-            help="give each rank cores of its own (default: if there are enough, no CPU quota and no GPU)",
+            help="give each rank cores of its own (default: with 2 cores or more per rank, no CPU quota and no GPU)",
         ),
         parser.add_argument(
             "--malloc", action=flag, default=True, help="let glibc keep freed memory, unless MALLOC_* is set"
@@ -193,7 +196,12 @@ def _divide(argv: Sequence[str], known: Mapping[str, bool]) -> tuple[list[str], 
         word = argv[i]
         if word == "--":
             return ours, passed, list(argv[i + 1 :])
-        if word in ("-m", "--module") or not word.startswith("-"):
+        plain = not word.startswith("-")
+        if plain and "--" in argv[i:] and not Path(word).exists():  # one more value of the option before it
+            passed.append(word)
+            i += 1
+            continue
+        if plain or word in ("-m", "--module"):
             return ours, passed, list(argv[i:])
         own = word.partition("=")[0] in known or (word.startswith("-n") and word[2:].isdecimal())
         alone = "=" in word or known.get(word, own) or _key(word) in _SWITCHES
@@ -284,7 +292,7 @@ def _mpi(request: Request) -> list[str]:
         # The ranks pin themselves; Open MPI would bind a pair of ranks to one core each, threads and all.
         options += ["--bind-to", "none"]
         options += ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        options += [] if request.passed else ["--oversubscribe"]
+        options += [] if _several_hosts(request) else ["--oversubscribe"]
     count = request.options.nproc_per_node
     ranks = [] if count is None else ["-n", count]
     python = [sys.executable, "-m", "mpi4py"]  # an exception on one rank ends all of them
@@ -356,6 +364,13 @@ def settings(request: Request) -> tuple[dict[str, str], str]:
     return {**threads, **pin, **malloc}, f"{where}, {about_threads}, {about_pinning}, {about_malloc}"
 
 
+def _several_hosts(request: Request) -> bool:
+    """Whether there may be more hosts than this one: whether cores and ranks of this one say little about the job."""
+    if request.options.engine == "mpi":
+        return bool(request.passed) or any(name in os.environ for name in _HOST_FILES)
+    return request.options.engine == "slurm" or request.value("nnodes") not in (None, "1", "1:1")
+
+
 def _cores(request: Request) -> tuple[int, int | None]:
     """The cores that this process may use, and the whole cores of a CPU quota that is below them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -374,7 +389,7 @@ def _threads(request: Request, cores: int) -> tuple[dict[str, str], str]:
         return {}, f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} as set"
     if not request.options.threads:
         return {}, "OMP_NUM_THREADS not set (--no-threads)"
-    if request.options.engine == "mpi" and (request.ranks is None or request.passed):
+    if request.options.engine == "mpi" and (request.ranks is None or _several_hosts(request)):
         # How many ranks a host gets is mpiexec's decision: the worker sees it, and divides.
         return {"SYNCBN_THREADS": "1"}, "OMP_NUM_THREADS set on each host"
     if request.ranks is None:
@@ -386,21 +401,25 @@ def _threads(request: Request, cores: int) -> tuple[dict[str, str], str]:
 def _pinning(request: Request, cores: int, quota: int | None) -> tuple[dict[str, str], str]:
     wish = request.options.pin
     ranks = request.ranks
-    several = request.passed or request.options.engine == "slurm"  # another host may have other cores
+    several = _several_hosts(request)  # another host may have other cores
     if "SYNCBN_PIN" in os.environ:
         return {}, f"SYNCBN_PIN={os.environ['SYNCBN_PIN']} as set"
     if wish is False:
         return {}, "not pinned (--no-pin)"
     if ranks == 1 and not several:
         return {}, "not pinned (one rank)"
-    if ranks is not None and cores < ranks and not several:
-        return {}, "not pinned (fewer cores than ranks)"
+    # A rank has more threads than the one that computes (gloo's, a data loader's): alone on one core they wait for
+    # each other, and cannot get out of the way of other jobs.
+    least = 1 if wish else 2
+    if ranks is not None and cores < least * ranks and not several:
+        return {}, "not pinned (fewer than 2 cores per rank)" if least == 2 else "not pinned (fewer cores than ranks)"
     if wish is None and quota is not None:
         # Every container on the host would choose the same cores.
         return {}, f"not pinned (CPU quota of {quota}; --pin to insist)"
     if wish is None and (request.value("numa-binding") is not None or _has_gpu()):
         return {}, "not pinned (GPUs: see torchrun --numa-binding; --pin to insist)"
-    return {"SYNCBN_PIN": "1"}, "pinned to disjoint cores"
+    where = " where a host has enough" if several else ""
+    return {"SYNCBN_PIN": str(least)}, f"pinned to disjoint cores{where}"
 
 
 def _has_gpu() -> bool:
