@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from syncbn import functional
-from syncbn.comm import GroupHandle, link, must_synchronize
+from syncbn.comm import GroupHandle, link, must_synchronize, must_synchronize_compiled
 from syncbn.modules import SyncBatchNorm
 from syncbn.moments import Moments, update_running_stats
 from syncbn.recompute import recomputing
@@ -220,9 +220,11 @@ def _subclass_of(cls: Any) -> type[SyncBatchNorm]:
 
         def forward(self: SyncBatchNorm, *args: Any, **kwargs: Any) -> Any:
             above = super(target, self).forward
-            if plain and torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling():
+                return _watched_forward(self, above, args, kwargs, _Watch() if plain else _Redirect(self))
+            if plain or not self.training or not must_synchronize_compiled(self._group.resolve()):
                 return above(*args, **kwargs)
-            return _watched_forward(self, above, args, kwargs, _Watch() if plain else _Redirect(self))
+            return _uncompiled_forward(self, above, args, kwargs)
 
         target.forward = forward
         target._normalize = _reached_normalize
@@ -329,6 +331,13 @@ def _watched_forward(
             "Let it call super().forward, or convert the model without this layer."
         )
     return output
+
+
+@torch.compiler.disable(
+    reason="a subclass of batch norm that calls F.batch_norm itself is synchronized in eager mode only"
+)
+def _uncompiled_forward(self: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _watched_forward(self, forward, args, kwargs, _Redirect(self))
 
 
 def _reached_normalize(self: Any, *args: Any, **kwargs: Any) -> Tensor:

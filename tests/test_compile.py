@@ -1,0 +1,264 @@
+"""torch.compile without a graph break: values, gradients, statistics, shapes, and the collectives of the graph.
+
+Most tests use the backend ``aot_eager``: the same tracing and partitioning, without minutes of C++ compilation. One
+process has a default group of its own (one rank), and ``forced()`` makes its layers synchronize over it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import assert_matches, step, whole_batch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+
+import syncbn
+from syncbn import comm
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+SHAPES = [(6, 5), (4, 3, 7), (3, 4, 5, 6), (2, 3, 4, 3, 2)]
+
+
+@pytest.fixture(autouse=True)
+def _own_world(tmp_path: Path) -> Iterator[None]:
+    """A default group of one rank over gloo, and a compiler that has seen nothing yet."""
+    torch._dynamo.reset()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with comm.forced():
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def compiled(module: nn.Module, backend: Any = "aot_eager", dynamic: bool | None = None) -> Any:
+    return torch.compile(module, fullgraph=True, backend=backend, dynamic=dynamic)
+
+
+def affine_layer(channels: int, **options: Any) -> syncbn.SyncBatchNorm:
+    layer = syncbn.SyncBatchNorm(channels, **options)
+    if layer.weight is not None:
+        nn.init.normal_(layer.weight)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_values_and_gradients_are_those_of_the_whole_batch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer = affine_layer(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    x, g = torch.randn(shape).mul(3).add(2).to(dtype), torch.randn(shape).to(dtype)
+    result = step(compiled(layer), x, g)
+    result |= {name: getattr(layer, name) for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert_matches([result], whole_batch([x], [g], layer.weight, layer.bias), dtype)
+    assert result["num_batches_tracked"] == 1
+    assert result["y"].dtype == dtype
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_residual_and_relu_in_both_layouts(layout: str, backend: str) -> None:
+    layer = affine_layer(16, activation="relu")
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x, g, residual = (torch.randn(4, 16, 9, 7).to(memory_format=form) for _ in range(3))
+    result = step(compiled(layer, backend), x, g, residual)
+    expected = whole_batch([x], [g], layer.weight, layer.bias, residuals=[residual], relu=True)
+    assert_matches([result | {"running_mean": layer.running_mean, "running_var": layer.running_var}], expected, x.dtype)
+    assert result["y"].is_contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
+def test_inductor_reductions_keep_their_digits(offset: float) -> None:
+    layer = syncbn.SyncBatchNorm(4, momentum=1.0, affine=False)
+    x = torch.randn(3, 4, 65, 63) + offset
+    y = compiled(layer, "inductor", dynamic=True)(x)
+    wide = x.double()
+    var = wide.var((0, 2, 3))
+    torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-4, atol=0)
+    expected = nn.functional.batch_norm(wide, None, None, training=True)
+    plain = nn.functional.batch_norm(x, None, None, training=True)
+    worst = (plain - expected).abs().max()
+    assert (y - expected).abs().max() <= worst + 1e-6
+
+
+def test_batch_sizes_share_one_graph() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = affine_layer(5)
+    run = compiled(layer, counter, dynamic=True)
+    frames = set()
+    for batch in (3, 2, 7, 12, 4):
+        x = torch.randn(batch, 5, 6)
+        result = step(run, x, torch.ones_like(x))
+        assert_matches([result | {"running_mean": None, "running_var": None}],
+                       whole_batch([x], [torch.ones_like(x)], layer.weight, layer.bias), x.dtype)  # fmt: skip
+        layer.zero_grad()
+        frames.add(counter.frame_count)
+    assert len(frames) == 1, "a batch size compiled anew"
+    assert layer.num_batches_tracked == 5
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_running_statistics_follow_the_momentum(momentum: float | None) -> None:
+    layer = syncbn.SyncBatchNorm(3, momentum=momentum)
+    plain = nn.BatchNorm1d(3, momentum=momentum, dtype=torch.float64)
+    run = compiled(layer)
+    for _ in range(3):
+        x = torch.randn(8, 3) * 2 + 1
+        run(x)
+        plain(x.double())
+    torch.testing.assert_close(layer.running_mean.double(), plain.running_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), plain.running_var, rtol=1e-5, atol=1e-6)
+    assert layer.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"bias": False}, {"track_running_stats": False}], ids=str)
+def test_options_compile(options: dict[str, Any]) -> None:
+    layer = affine_layer(4, **options)
+    x, g = torch.randn(5, 4, 3), torch.randn(5, 4, 3)
+    result = step(compiled(layer), x, g)
+    assert_matches([result], whole_batch([x], [g], layer.weight, layer.bias), x.dtype)
+
+
+def test_eval_uses_running_statistics() -> None:
+    layer = affine_layer(4).eval()
+    x = torch.randn(5, 4, 3)
+    torch.testing.assert_close(compiled(layer)(x), layer(x))
+
+
+def test_a_frozen_input_and_frozen_parameters() -> None:
+    layer = affine_layer(4)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(5, 4)
+    compiled(layer)(x).square().sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad is not None
+
+
+@pytest.mark.parametrize("order", ["convert first", "compile first"])
+def test_convert_before_or_after(order: str) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))
+    model = copy.deepcopy(plain)
+    if order == "convert first":
+        run = compiled(syncbn.convert_sync_batchnorm(model))
+    else:
+        run = compiled(model)
+        run(torch.randn(2, 3, 8, 8))
+        model.load_state_dict(plain.state_dict())
+        syncbn.convert_sync_batchnorm(run)
+        assert isinstance(model[1], syncbn.SyncBatchNorm)
+        assert model[1]._layer_name == "1"
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(run(x), plain(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model[4].running_var, plain[4].running_var, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast() -> None:
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)))
+    eager = copy.deepcopy(model)
+    x = torch.randn(8, 6)
+
+    def run(net: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return net(x)
+
+    y, expected = run(compiled(model)), run(eager)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(model[1].running_var, eager[1].running_var, rtol=1e-3, atol=1e-4)
+    y.sum().backward()
+
+
+def test_one_value_per_channel_is_a_runtime_error() -> None:
+    layer = syncbn.SyncBatchNorm(3)
+    with pytest.raises(RuntimeError, match="more than 1 value per channel"):
+        compiled(layer)(torch.randn(1, 3))
+
+
+def test_an_empty_batch_changes_nothing() -> None:
+    layer = affine_layer(3)
+    run = compiled(layer)
+    y = run(torch.randn(0, 3, 4))
+    assert y.shape == (0, 3, 4)
+    y.sum().backward()
+    assert layer.num_batches_tracked == 0
+    assert torch.equal(layer.running_mean, torch.zeros(3))
+    assert torch.equal(layer.running_var, torch.ones(3))
+    assert torch.equal(layer.weight.grad, torch.zeros(3))
+
+
+def test_statistics_that_are_not_finite_leave_the_running_ones() -> None:
+    layer = syncbn.SyncBatchNorm(3)
+    x = torch.randn(4, 3)
+    x[1, 2] = float("inf")
+    y = compiled(layer)(x)
+    assert y[:, 2].isnan().any()
+    assert torch.isfinite(layer.running_mean).all() and torch.isfinite(layer.running_var).all()
+    assert layer.running_mean[0] != 0
+
+
+def test_one_all_reduce_each_way() -> None:
+    graphs: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph)
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        return aot_module_simplified(graph, inputs, fw_compiler=keep, bw_compiler=keep)
+
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    model(torch.randn(5, 3, requires_grad=True))
+    run = torch.compile(model, fullgraph=True, backend=backend)
+    run(torch.randn(5, 3, requires_grad=True)).square().sum().backward()
+    assert [sum("all_reduce" in target for target in graph) for graph in graphs] == [2, 2]
+
+
+def test_double_backward_through_a_compiled_model_is_an_error() -> None:
+    layer = affine_layer(3)
+    x = torch.randn(5, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(compiled(layer)(x).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.square().sum().backward()
+
+
+def test_export_after_revert_is_plain_batch_norm() -> None:
+    plain = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+    model = syncbn.convert_sync_batchnorm(copy.deepcopy(plain))
+    x = torch.randn(2, 2, 4, 4)
+    model(x)
+    syncbn.revert_sync_batchnorm(model).eval()
+    program = torch.export.export(model, (x,))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert any("batch_norm" in target for target in targets)
+    assert not any("all_reduce" in target for target in targets)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+class SelfMade(nn.BatchNorm1d):
+    """Calls ``F.batch_norm`` by itself, as timm's BatchNormAct2d does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = nn.functional.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+        )
+        return y.relu()
+
+
+def test_a_subclass_that_calls_batch_norm_itself_breaks_the_graph_and_stays_right() -> None:
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(SelfMade(3)))
+    plain = SelfMade(3)
+    x = torch.randn(6, 3)
+    y = torch.compile(model, backend="aot_eager")(x)
+    torch.testing.assert_close(y, plain(x), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"F\.batch_norm"):
+        compiled(model)(x)
