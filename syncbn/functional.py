@@ -199,8 +199,12 @@ def _local_training(
     momentum: float | None,
 ) -> Tensor:
     """torch's own batch norm for one rank: its values to the bit, except that running statistics stay finite."""
-    if running_mean is None or running_var is None or remember is None:
+    if running_mean is None or running_var is None:
         return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+    if remember is None:  # copies, for torch saves them, and a checkpoint wants its second pass to save as much
+        with unseen():
+            copies = running_mean.clone(), running_var.clone()
+        return F.batch_norm(input, *copies, weight, bias, True, 0.0, eps)
     if momentum is None:
         # Momentum 1 yields the batch's own mean and unbiased variance, for the policy to work with.
         with unseen():
