@@ -60,7 +60,8 @@ class Plan:
         raw = self.link is not None and not self.link.sees_each_rank
         total = self._share(kernels.moments(x, raw=raw))
         # A global count of one is one on every rank, and then no rank has a local count above it: others never wait.
-        if x.numel() < 2 * x.shape[1] and total.n.item() == 1 and self.kind == header.FORWARD:
+        small = self.kind == header.FORWARD and x.numel() < 2 * x.shape[1] and not _capturing(x)
+        if small and total.n.item() == 1:
             raise ValueError(
                 "batch normalization needs more than 1 value per channel when training, and the global batch over "
                 f"{self.link.size if self.link else 1} rank(s) has 1; this rank's input has shape {tuple(x.shape)}"
@@ -242,6 +243,11 @@ def _differentiable_backward(
     dx = g - _per_channel(total[:channels], x) - xhat * _per_channel(total[channels:], x)
     scale = invstd if weight is None else invstd * weight
     return (dx * _per_channel(scale, x)).to(x.dtype), sums[channels:], sums[:channels], g
+
+
+def _capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing may be read."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _centred(x: Tensor, mean: Tensor) -> Tensor:

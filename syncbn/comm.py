@@ -516,7 +516,7 @@ class AllReduce(Link):
         self._reduce(message, call, width)
         if _checks == "sync" and not capturing:
             self._check(tuple(message[: self._HEAD].tolist()), call, width, self._number)
-        elif _checks == "on" and not capturing:
+        elif _checks == "on" and self._device.type == "cuda" and not capturing:
             self._check_later(message[: self._HEAD], call, width)
         return body
 

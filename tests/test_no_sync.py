@@ -1,0 +1,97 @@
+"""On a device, nothing waits for it and no shape depends on data: what a CUDA graph needs, shown on meta tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import syncbn
+from syncbn import comm, functional
+from syncbn.autograd import Plan, SyncBatchNormFunction
+
+ATEN = torch.ops.aten
+# Operators that read a value back to the host, or whose output's shape depends on values.
+WAITING = {ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN.is_nonzero, ATEN.equal, ATEN._unique2}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on an operator that would wait for the device; counts the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in WAITING, f"{func} waits for the device"
+        if func.overloadpacket in (ATEN.index, ATEN.index_put, ATEN.index_put_):
+            assert not any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]), f"{func} by a mask"
+        if func.overloadpacket is ATEN._to_copy:
+            assert (kwargs or {}).get("device") in (None, torch.device("meta")), f"{func} copies to the host"
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class NoPeers(comm.AllReduce):
+    """A link on a device, whose sum over ranks is its own message."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 2
+        self._device = torch.device("meta")
+        self._ranks, self._number, self._dead, self._warned = [0, 1], 0, None, set()
+        self._bucket = 1
+        self._constants, self._late = {}, comm.collections.deque()
+        self.messages = 0
+
+    def _reduce(self, message: Tensor, call: Any, width: int) -> None:
+        assert message.device.type == "meta"
+        self.messages += 1
+
+
+@pytest.fixture
+def _forced() -> Iterator[None]:
+    with comm.forced():
+        yield
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("options", [{}, {"activation": "relu"}, {"affine": False}], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5, 5), (0, 3, 5)], ids=str)
+def test_a_training_step_never_waits(
+    _forced: None, monkeypatch: pytest.MonkeyPatch, momentum: float | None, options: Any, shape: Any
+) -> None:
+    # A rank with fewer than two values reads the global count, except while a graph is captured.
+    monkeypatch.setattr("syncbn.autograd._capturing", lambda x: x.numel() == 0)
+    layer = syncbn.SyncBatchNorm(3, momentum=momentum, device="meta", **options)
+    x = torch.randn(shape, device="meta", requires_grad=True)
+    residual = torch.randn(shape, device="meta", requires_grad=True)
+    with NoWaiting() as mode:
+        y = layer(x, residual)
+        y.backward(torch.ones_like(y))
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert mode.seen
+
+
+def test_the_exchange_on_a_device_never_waits() -> None:
+    link = NoPeers()
+    x = torch.randn(4, 3, 5, device="meta", requires_grad=True)
+    with NoWaiting():
+        y, *_ = SyncBatchNormFunction.apply(x, None, None, None, Plan(link, 1e-5, flags=2))
+        y.sum().backward()
+    assert link.messages == 2
+
+
+def test_global_moments_never_wait(_forced: None) -> None:
+    x = torch.randn(4, 3, 5, device="meta", requires_grad=True)
+    with NoWaiting():
+        _, mean, var = functional.global_moments(x)
+        (mean + var).sum().backward()
+
+
+def test_the_mode_catches_what_it_is_for() -> None:
+    with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
+        torch.ones(1, device="meta").item()
