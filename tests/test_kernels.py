@@ -24,7 +24,8 @@ SHAPES = [
     (3, 1, 4, 4),
 ]
 LAYOUTS = ["contiguous", "channels_last", "strided", "transposed"]
-TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 4e-2, torch.float32: 5e-6, torch.float64: 1e-12}
+# Half types: one unit in the last place, so the arithmetic itself is not done in them.
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 5e-6, torch.float64: 1e-12}
 
 
 @pytest.fixture(autouse=True, params=["whole", "sliced"])
@@ -79,7 +80,7 @@ def assert_same(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     assert actual.stride() == expected.stride()
     tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=4 * tolerance)
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=min(4 * tolerance, 2e-5))
 
 
 def oracle(e: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -221,11 +222,32 @@ def test_non_finite_input_stays_in_its_channel(layout, bad, position):
     assert y[:, 1].isnan().all() and y[:, [0, 2, 3]].isfinite().all()
 
 
-def test_constant_channel_has_no_variance():
-    for value in (0.0, 0.1, 1e5, -3e7):
-        _, mean, m2 = aten.moments(torch.full((6, 2, 9, 9), value)).split([1, 2, 2])
-        torch.testing.assert_close(mean, torch.full((2,), torch.tensor(value).item()).double(), rtol=1e-14, atol=0)
-        assert (m2 >= 0).all() and (m2 <= 1e-9 * value**2).all()
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_constant_channel_has_no_variance(layout):
+    values = torch.randn(64) * 10.0 ** torch.randint(-3, 8, (64,))
+    x = laid_out(values.view(1, -1, 1, 1).expand(6, 64, 9, 5).contiguous(), layout)
+    _, mean, m2 = aten.moments(x).split([1, 64, 64])
+    torch.testing.assert_close(mean, values.double(), rtol=1e-12, atol=0)
+    assert (m2 >= 0).all() and (m2 <= 1e-9 * values.double().square()).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("ratio", [1e3, 1e5])
+def test_far_from_zero_nothing_is_lost(layout, with_bias, ratio):
+    e = example((6, 5, 8, 6), torch.float32, layout, mean=ratio)
+    x, mean, invstd = e["x"], e["mean"], e["invstd"]
+    stats = (mean, invstd, e["weight"])
+    y = reference.normalize(x.double(), *stats, e["bias"] if with_bias else None)
+    actual = aten.normalize(x, *stats, e["bias"] if with_bias else None)
+    torch.testing.assert_close(actual.double(), y, rtol=0, atol=2e-6)
+    # A gradient with a mean, and one that follows the input: both sums are large.
+    grad = (1 + (x.double() - mean.view(-1, 1, 1)) * invstd.view(-1, 1, 1)).float()
+    sums = reference.gradient_sums(grad, x, mean, invstd)
+    torch.testing.assert_close(aten.gradient_sums(grad, x, mean, invstd), sums, rtol=1e-6, atol=0)
+    dx = reference.input_gradient(grad.double(), x.double(), *stats, sums, e["count"])
+    actual = aten.input_gradient(grad, x, *stats, sums, e["count"])
+    torch.testing.assert_close(actual.double(), dx, rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -280,11 +302,11 @@ def test_long_runs_keep_their_digits(shape, ratio, shipped_only):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("layout_of", ["first sample far off", "first row far off", "first pixel far off"])
-def test_statistics_do_not_depend_on_a_lucky_pivot(layout, layout_of):
-    x = torch.randn(32, 4, 12, 12)
+@pytest.mark.parametrize("outlier", ["first sample far off", "first row far off", "first pixel far off"])
+def test_statistics_do_not_depend_on_a_lucky_pivot(layout, outlier, shipped_only):
+    x = torch.randn(2000, 4, 6, 6)
     far = {"first sample far off": x[:1], "first row far off": x[..., :1, :], "first pixel far off": x[..., :1, :1]}
-    far[layout_of].add_(1e4)
+    far[outlier].add_(1e4)
     x = laid_out(x, layout)
     _, mean, m2 = aten.moments(x).split([1, 4, 4])
     _, exact_mean, exact_m2 = reference.moments(x).split([1, 4, 4])
