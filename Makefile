@@ -25,9 +25,10 @@ help: ## say what each target does
 
 venv: $(STAMP) ## make .venv and install everything, pinned
 
-# A candidate counts only if it runs, is new enough and can make environments (Debian ships venv separately).
+# An environment that works is kept. A candidate counts only if it runs, is new enough and can make environments (Debian ships venv separately).
 $(STAMP): pyproject.toml constraints.txt
-	@python="$(PYTHON)"; \
+	@found=; if $(BIN)/python -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; then exit 0; fi; \
+	python="$(PYTHON)"; \
 	for candidate in $${python:-python3.11 python3 python3.12 python3.13 python3.14}; do \
 	    if $$candidate -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	        found=$$candidate; break; \
@@ -38,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	        "install one (on Debian also python3-venv) or run make PYTHON=/path/to/python" >&2; exit 1; \
 	fi; \
 	echo "making $(VENV) with $$($$found --version)"; \
-	$$found -m venv $(VENV)
+	$$found -m venv --clear $(VENV)
 	$(PIP) install -q $(PIP_FLAGS) -c constraints.txt --upgrade pip
 	$(PIP) install -q $(PIP_FLAGS) -c constraints.txt --group dev
 	$(PIP) install -q $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[mpi,examples]'
@@ -48,12 +49,12 @@ test: $(STAMP) ## run the tests that need no GPU (mpiexec included), in minutes
 	$(BIN)/python -m pytest -m "not slow and not gpu and not nccl" $(PYTEST_FLAGS)
 
 lint: $(STAMP) ## check style and formatting, and the shell scripts
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/shellcheck .ci/run $(wildcard launch/*.sh)
 
 types: $(STAMP) ## check the type annotations
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 demo: $(STAMP) ## the small-batch experiment on RANKS=4 ranks: table, CSV and picture under OUT=out
 	$(BIN)/python -m syncbn.launch -n $(RANKS) examples/small_batch.py --out $(OUT)/small_batch $(DEMO_ARGS)

@@ -1,0 +1,170 @@
+"""N ranks with b samples each train exactly like one process with N*b samples: experiment and control.
+
+Every rank takes its slice of one stream of global batches of scikit-learn's digits and trains with
+`syncbn.SyncBatchNorm`; rank 0 also trains, alone, the same network with `nn.BatchNorm1d` on the whole
+batches. The two losses are compared at each of 200 SGD steps, the weights and running statistics at the
+end. An uneven split must agree too. Local batch norm, the negative control, must not. Start it with ::
+
+    python -m syncbn.launch -n 4 examples/equivalence.py
+
+It prints a table, and exits with 1 if a tolerance is missed or the control passes.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from small_batch import Digits, build_mlp, load_data
+from torch import Tensor, nn
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
+TOTAL_BATCH = 32
+LEARNING_RATE = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One line of the table: precision, layer, how a batch is split over the ranks, and what is due."""
+
+    dtype: torch.dtype
+    norm: str
+    split: str
+    must_agree: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The largest absolute differences to the single process."""
+
+    loss: float
+    weights: float
+    statistics: float
+
+
+CASES = [
+    Case(dtype, norm, split, must_agree)
+    for dtype in TOLERANCES
+    for norm, split, must_agree in (
+        ("sync", "even", True),
+        ("sync", "uneven", True),
+        ("local", "even", False),
+    )
+]
+
+
+def shares(split: str, world: int) -> list[int]:
+    """Return the number of samples of each rank in a batch of `TOTAL_BATCH`.
+
+    ``"uneven"`` gives every rank but the last one half of its even share, at least one, and the last one the
+    rest.
+    """
+    even = [len(part) for part in torch.arange(TOTAL_BATCH).tensor_split(world)]
+    if split == "even":
+        return even
+    halves = [max(share // 2, 1) for share in even[:-1]]
+    return [*halves, TOTAL_BATCH - sum(halves)]
+
+
+def sgd_step(model: nn.Module, total: Tensor, sync: bool) -> Tensor:
+    """Step on the gradient of `total`, this rank's share of the loss of the global batch; return that loss.
+
+    The loss of the global batch is the sum of the ranks' shares, so the gradients are summed. (DDP averages
+    them: there, multiply each share by the world size.) The loss travels in the same message.
+    """
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(total, parameters)
+    flat = torch.cat([total.detach().view(1), *(g.flatten() for g in gradients)])
+    if sync:
+        dist.all_reduce(flat)
+    parts = flat[1:].split([p.numel() for p in parameters])
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, parts, strict=True):
+            parameter.sub_(gradient.view_as(parameter), alpha=LEARNING_RATE)
+    return flat[0]
+
+
+def train(model: nn.Module, data: Digits, case: Case, steps: int, mine: slice | None) -> Tensor:
+    """Train on the slice `mine` of each batch (None: on all of it, alone); return the global losses."""
+    x, y = data.train_x.to(case.dtype), data.train_y
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(steps):
+        batch = torch.randint(len(x), (TOTAL_BATCH,), generator=generator)
+        indices = batch if mine is None else batch[mine]
+        total = F.cross_entropy(model(x[indices]), y[indices], reduction="sum") / TOTAL_BATCH
+        losses.append(sgd_step(model, total, sync=mine is not None))
+    return torch.stack(losses)
+
+
+def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Return the largest absolute difference between two sets of tensors of equal names."""
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+def compare(case: Case, data: Digits, steps: int) -> Difference | None:
+    """Train on all ranks and, on rank 0, alone; return how far apart they are (None on other ranks)."""
+    sizes = shares(case.split, dist.get_world_size())
+    start = sum(sizes[: dist.get_rank()])
+    model = build_mlp(case.norm, seed=0).to(case.dtype)
+    losses = train(model, data, case, steps, slice(start, start + sizes[dist.get_rank()]))
+    if dist.get_rank() != 0:
+        return None
+    alone = build_mlp("local", seed=0).to(case.dtype)
+    expected = train(alone, data, case, steps, None)
+    return Difference(
+        loss=(losses - expected).abs().max().item(),
+        weights=largest(dict(model.named_parameters()), dict(alone.named_parameters())),
+        statistics=largest(dict(model.named_buffers()), dict(alone.named_buffers())),
+    )
+
+
+def holds(case: Case, difference: Difference) -> bool:
+    """Return whether a case came out as it must: within tolerance or, for the control, clearly outside."""
+    # The control must miss by far more than rounding could explain.
+    if case.must_agree:
+        return difference.loss <= TOLERANCES[case.dtype]
+    return difference.loss > 1000 * TOLERANCES[torch.float32]
+
+
+def format_row(case: Case, difference: Difference, good: bool) -> str:
+    """Return one line of the Markdown table."""
+    layer = {"sync": "SyncBN", "local": "local BN (control)"}[case.norm]
+    due = f"<= {TOLERANCES[case.dtype]:.0e}" if case.must_agree else "must differ"
+    cells = [str(case.dtype).removeprefix("torch."), layer, case.split]
+    cells += [f"{value:.1e}" for value in dataclasses.astuple(difference)]
+    return "| " + " | ".join([*cells, due, "yes" if good else "NO"]) + " |"
+
+
+def main() -> int:
+    """Run all cases on the ranks that the launcher started; return the exit code, the same on every rank."""
+    parser = argparse.ArgumentParser(description="N ranks against one process with the whole batch.")
+    parser.add_argument("--steps", type=int, default=200, help="SGD steps (200)")
+    args = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        parser.error("needs 2 or more ranks: python -m syncbn.launch -n 4 examples/equivalence.py")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    data = load_data()
+    failures = torch.zeros(1)
+    if dist.get_rank() == 0:
+        world = dist.get_world_size()
+        print(f"{world} ranks against one process, {args.steps} steps, total batch {TOTAL_BATCH}")
+        print("| dtype | layer | split | loss diff | weight diff | statistics diff | loss due | holds |")
+        print("|" + "---|" * 8)
+    for case in CASES:
+        difference = compare(case, data, args.steps)
+        if difference is not None:
+            good = holds(case, difference)
+            failures += not good
+            print(format_row(case, difference, good), flush=True)
+    dist.broadcast(failures, src=0)
+    dist.destroy_process_group()
+    return int(failures.item() > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
