@@ -1,0 +1,69 @@
+"""Ranks as processes: for what threads cannot show, such as registered groups and DistributedDataParallel.
+
+Processes are forked from a server that has imported torch once: nearly as quick as fork, which deadlocks once the
+parent has used autograd or gloo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DEADLINE = 90.0
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "syncbn"])
+
+
+def run_processes(size: int, body: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+    """Run ``body(rank, size, *args)`` in ``size`` processes, in a default gloo group; the results in rank order.
+
+    Args:
+        body: a function at the top of a module.
+        folder: empty; for the rendezvous and the results.
+
+    Raises:
+        AssertionError: a process did not end with exit code 0 within the deadline (an abort has -6); with tracebacks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    processes = [
+        _context.Process(target=_rank, args=(rank, size, folder, body, args), daemon=True) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(max(0.0, DEADLINE - (time.monotonic() - started)))
+        codes = [process.exitcode for process in processes]
+        errors = "\n".join(path.read_text() for path in sorted(folder.glob("error-*")))
+        assert codes == [0] * size, f"exit codes {codes} (None: still running after {DEADLINE} s)\n{errors}"
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+    import torch
+
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _rank(rank: int, size: int, folder: Path, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+        torch.save(body(rank, size, *args), folder / f"result-{rank}.pt")
+        dist.destroy_process_group()
+    except BaseException:
+        with contextlib.suppress(OSError):
+            (folder / f"error-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        raise
