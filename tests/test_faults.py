@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fault_worker
 import pytest
+import spawned
 import torch
 import torch.distributed as dist
 from fault_worker import Fault, batch, process_main, train
@@ -304,19 +303,6 @@ class Rank:
         self.report: dict[str, Any] = json.loads(report.read_text()) if report.exists() else {}
 
 
-@pytest.fixture(scope="module")
-def context() -> Iterator[Any]:
-    """Processes that start in milliseconds, from one that has imported torch and nothing else has happened in."""
-    from multiprocessing import forkserver
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fault_worker"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
-        forkserver.ensure_running()
-    yield context
-
-
 def run_processes(
     context: Any,
     world: int,
@@ -328,7 +314,7 @@ def run_processes(
 ) -> list[Rank]:
     """Run the ranks to their end; a stopped one is woken after ``wake`` seconds, or else once the others have ended."""
     args = [(rank, world, str(folder), fault, timeout, one_hop) for rank in range(world)]
-    processes = [context.Process(target=process_main, args=each, daemon=True) for each in args]
+    processes = [spawned.context().Process(target=process_main, args=each, daemon=True) for each in args]
     for process in processes:
         process.start()
     stopped = processes[fault.rank]
@@ -367,10 +353,10 @@ def wait_until_stopped(pid: int) -> None:
 @pytest.mark.parametrize("phase", WAITING)
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("kind", "code"), [("exit", 3), ("kill", -signal.SIGKILL), ("exception", 1)])
-def test_a_process_ends(context: Any, tmp_path: Path, kind: str, code: int, world: int, phase: str) -> None:
+def test_a_process_ends(tmp_path: Path, kind: str, code: int, world: int, phase: str) -> None:
     """The others hear of it at once, through the closed connection, and end with an exception."""
     fault = Fault(kind, phase, rank=world - 1)
-    ranks = run_processes(context, world, fault, tmp_path, timeout=10.0)
+    ranks = run_processes(world, fault, tmp_path, timeout=10.0)
     assert [rank.code for rank in ranks] == [1] * (world - 1) + [code]
     check_lost([rank.report for rank in ranks], fault, *WAITING[phase], timeout=1.0)
 
@@ -378,9 +364,9 @@ def test_a_process_ends(context: Any, tmp_path: Path, kind: str, code: int, worl
 @pytest.mark.integration
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("kind", ["exit", "kill"])
-def test_a_process_ends_under_all_reduce(context: Any, tmp_path: Path, kind: str, world: int) -> None:
+def test_a_process_ends_under_all_reduce(tmp_path: Path, kind: str, world: int) -> None:
     fault = Fault(kind, "backward", rank=world - 1)
-    ranks = run_processes(context, world, fault, tmp_path, timeout=10.0, one_hop=False)
+    ranks = run_processes(world, fault, tmp_path, timeout=10.0, one_hop=False)
     assert [rank.code for rank in ranks] == [1] * (world - 1) + [3 if kind == "exit" else -signal.SIGKILL]
     check_lost([rank.report for rank in ranks], fault, "backward", "bn2", timeout=1.0)
 
@@ -388,10 +374,10 @@ def test_a_process_ends_under_all_reduce(context: Any, tmp_path: Path, kind: str
 @pytest.mark.integration
 @pytest.mark.parametrize("phase", WAITING)
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_process_stops(context: Any, tmp_path: Path, world: int, phase: str) -> None:
+def test_a_process_stops(tmp_path: Path, world: int, phase: str) -> None:
     """The others wait for the timeout. Woken up after that, the stopped rank finds itself alone, and ends as well."""
     fault = Fault("stop", phase, rank=world - 1)
-    ranks = run_processes(context, world, fault, tmp_path, timeout=TIMEOUT)
+    ranks = run_processes(world, fault, tmp_path, timeout=TIMEOUT)
     assert [rank.code for rank in ranks] == [1] * world
     check_lost([rank.report for rank in ranks], fault, *WAITING[phase], TIMEOUT)
     assert ranks[fault.rank].report["error"] == "PeerLostError"
@@ -400,9 +386,9 @@ def test_a_process_stops(context: Any, tmp_path: Path, world: int, phase: str) -
 
 @pytest.mark.integration
 @pytest.mark.parametrize("phase", WAITING)
-def test_a_process_stops_for_a_moment(context: Any, tmp_path: Path, phase: str) -> None:
+def test_a_process_stops_for_a_moment(tmp_path: Path, phase: str) -> None:
     """Less than the timeout: nothing happens."""
-    ranks = run_processes(context, 3, Fault("stop", phase), tmp_path, timeout=20.0, wake=0.3)
+    ranks = run_processes(3, Fault("stop", phase), tmp_path, timeout=20.0, wake=0.3)
     assert [rank.code for rank in ranks] == [0, 0, 0]
     assert [rank.report["error"] for rank in ranks] == [None] * 3
 
