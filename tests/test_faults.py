@@ -304,7 +304,6 @@ class Rank:
 
 
 def run_processes(
-    context: Any,
     world: int,
     fault: Fault,
     folder: Path,
