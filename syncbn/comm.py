@@ -516,11 +516,13 @@ class AllReduce(Link):
         self._reduce(message, call, width)
         if _checks == "sync" and not capturing:
             self._check(tuple(message[: self._HEAD].tolist()), call, width, self._number)
-        elif _checks == "on" and self._device.type == "cuda" and not capturing:
+        elif _checks == "on" and not capturing:
             self._check_later(message[: self._HEAD], call, width)
         return body
 
     def _check_later(self, slots: Tensor, call: Call, width: int) -> None:
+        if self._device.type != "cuda":
+            return
         on_host = torch.empty(self._HEAD, dtype=torch.float64, pin_memory=True)
         on_host.copy_(slots, non_blocking=True)
         arrived = torch.cuda.Event()
