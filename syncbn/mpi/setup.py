@@ -71,9 +71,13 @@ def _create_backend(options: Any, _: Any) -> MPIProcessGroup:
     if ranks:
         _check_world(dist.get_world_size(), dist.get_rank())
         world = MPI.COMM_WORLD if _world_duplicate is None else _world_duplicate
-        members = world.Get_group().Incl(ranks)
-        tag = zlib.crc32(options.group_id.encode()) & 0x7FFF  # keeps groups apart that are made at the same time
+        everyone = world.Get_group()
+        members = everyone.Incl(ranks)
+        # The tag keeps groups apart that are made at the same time. Names differ on ranks with different histories.
+        tag = zlib.crc32(repr(ranks).encode()) & 0x7FFF
         comm = _make_comm(functools.partial(world.Create_group, members, tag))
+        members.Free()
+        everyone.Free()
         return MPIProcessGroup(comm, options.timeout, options.group_id)
     _check_world(options.group_size, options.group_rank)
     if _world_duplicate is None:
@@ -112,12 +116,13 @@ def _check_world(size: int, rank: int) -> None:
     mpi_size, mpi_rank = MPI.COMM_WORLD.Get_size(), MPI.COMM_WORLD.Get_rank()
     if (mpi_size, mpi_rank) == (size, rank):
         return
-    start = f"mpiexec -n {size} python -m mpi4py {sys.argv[0] or 'script.py'}"
+    start = f"mpiexec -n {size} python -m mpi4py {' '.join(sys.argv) or 'script.py'}"
     if mpi_size == 1:
-        library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip(" \0")
+        library, version = MPI.get_vendor()
         raise RuntimeError(
             f"WORLD_SIZE is {size}, but this process was started without mpiexec, or with that of another MPI library: "
-            f"MPI knows of one process only. Start the job with `{start}`, using the mpiexec of {library}."
+            f"MPI knows of one process only. Start the job with `{start}`, using the mpiexec of {library} "
+            f"{'.'.join(map(str, version))}."
         )
     raise RuntimeError(
         f"to torch.distributed this is rank {rank} of {size}, and to MPI rank {mpi_rank} of {mpi_size}. RANK and "

@@ -186,9 +186,9 @@ def check_shared_memory() -> None:
     dist.all_gather_single(whole, mine)
     same(whole, torch.arange(world).repeat_interleave(4).float())
     whole = torch.arange(world * 4.0)
-    shifted = whole[1:5].clone()
-    dist.all_gather_single(whole, whole[1:5])
-    same(whole, shifted.repeat(world))
+    shifted = whole[1:4].clone()
+    dist.all_gather_single(whole[: 3 * world], whole[1:4])
+    same(whole[: 3 * world], shifted.repeat(world))
     whole = torch.arange(world * 4.0)
     dist.reduce_scatter_single(whole[:4], whole)
     same(whole[:4], world * torch.arange(4.0 * rank, 4.0 * rank + 4))
@@ -383,7 +383,7 @@ def check_groups() -> None:
     assert x.eq(1).all()
     mine, groups = dist.new_subgroups(1)
     assert mine.size() == 1 and len(groups) == world
-    mine, _ = dist.new_subgroups_by_enumeration([[r for r in range(world)][::-1]])
+    mine, _ = dist.new_subgroups_by_enumeration([list(range(world))[::-1]])
     dist.all_reduce(x := torch.ones(2), group=mine)
     assert x.eq(world).all()
     mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("outer", "inner"))
@@ -434,12 +434,15 @@ def check_bad_input() -> None:
     dist.barrier()
 
 
+NEED_PEERS = (check_send_and_receive, check_dropped_work, check_groups, check_bad_input)
+
+
 def main() -> None:
     syncbn.mpi.process_group(MPI.COMM_WORLD).barrier().wait()  # without a default group
     dist.init_process_group("mpi4py", init_method="mpi://")
     assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (rank, world, "mpi4py")
     for name, check in list(globals().items()):
-        if name.startswith("check_"):
+        if name.startswith("check_") and (world > 1 or check not in NEED_PEERS):
             check()
             if rank == 0:
                 print("passed", name, flush=True)

@@ -1,0 +1,129 @@
+"""The mpi4py backend: programs of ``tests/mpi`` under mpiexec, and imports that must fail well."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = Path(__file__).parent / "mpi"
+MPIEXEC = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+
+pytestmark = [
+    pytest.mark.mpi,
+    pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed: syncbn[mpi]"),
+    pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec in PATH or beside this Python: syncbn[mpi]"),
+]
+
+
+def run(command: list[str], deadline: float = 60.0, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process group of its own, which a missed deadline kills as a whole."""
+    path = os.pathsep.join(filter(None, [str(PROGRAMS.parent.parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
+    process = subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=deadline)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{' '.join(command)} was not done after {deadline} s:\n{output}")
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def mpi_options() -> list[str]:
+    """Open MPI refuses to start as root, and more ranks than cores, unless it is told to."""
+    version = run([str(MPIEXEC), "--version"]).stdout
+    return ["--allow-run-as-root", "--oversubscribe"] if "Open MPI" in version or "OpenRTE" in version else []
+
+
+def mpiexec(ranks: int, program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, "-m", "mpi4py", str(PROGRAMS / program), *arguments]
+    return run([str(MPIEXEC), *mpi_options(), "-n", str(ranks), *script], **variables)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_collectives(ranks: int) -> None:
+    done = mpiexec(ranks, "collectives.py")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("passed check_") == (21 if ranks > 1 else 17), done.stdout
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_training(ranks: int) -> None:
+    done = mpiexec(ranks, "training.py")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("passed check_") == 6, done.stdout
+
+
+def test_environment_variables() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    done = mpiexec(2, "scenarios.py", "environment", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    assert done.returncode == 0, done.stdout
+
+
+def test_exit_delivers_what_was_sent() -> None:
+    done = mpiexec(2, "scenarios.py", "late_receive")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "scenario", ["deadline", "deadline_of_a_future", "deadline_of_a_call", "deadline_of_a_receive", "other_size"]
+)
+def test_dead_group(scenario: str) -> None:
+    """The rank that waits gets an error it can handle, and its exit ends the rank that sleeps for a minute."""
+    done = mpiexec(2, "scenarios.py", scenario)
+    assert done.returncode not in (0, -6, 134), done.stdout
+    assert "survived" in done.stdout and "this exit ends all ranks (MPI_Abort)" in done.stdout, done.stdout
+
+
+def test_exception_on_one_rank_ends_all() -> None:
+    done = mpiexec(2, "scenarios.py", "exception")
+    assert done.returncode == 1 and "rank 1 fails alone" in done.stdout, done.stdout
+
+
+def test_killed_rank_ends_all() -> None:
+    assert mpiexec(2, "scenarios.py", "killed").returncode not in (0, -6, 134)
+
+
+def test_thread_level_too_low() -> None:
+    done = mpiexec(2, "scenarios.py", "thread_level")
+    assert done.returncode == 0 and "mpi4py.rc.thread_level = 'multiple'" in done.stdout, done.stdout
+
+
+def test_started_without_mpiexec() -> None:
+    done = run([sys.executable, str(PROGRAMS / "scenarios.py"), "alone"])
+    assert done.returncode == 1, done.stdout
+    assert "WORLD_SIZE is 2, but this process was started without mpiexec" in done.stdout
+    assert f"`mpiexec -n 2 python -m mpi4py {PROGRAMS / 'scenarios.py'} alone`" in done.stdout
+
+
+def test_ranks_of_another_launcher() -> None:
+    done = mpiexec(2, "scenarios.py", "other_ranks")
+    assert done.returncode == 1 and "RANK and WORLD_SIZE must be MPI's" in done.stdout, done.stdout
+
+
+def test_import_without_mpi4py() -> None:
+    done = run([sys.executable, "-c", "import sys; sys.modules['mpi4py'] = None; import syncbn.mpi"])
+    assert done.returncode == 1
+    assert "syncbn.mpi needs mpi4py" in done.stdout and "pip install 'syncbn[mpi]'" in done.stdout
+
+
+def test_import_without_mpi_library() -> None:
+    done = run([sys.executable, "-c", "import syncbn.mpi"], MPI4PY_LIBMPI="/nonexistent/libmpi.so")
+    assert done.returncode == 1
+    assert "could not load one" in done.stdout and "pip install 'syncbn[mpi]'" in done.stdout
+
+
+def test_import_of_the_package_leaves_mpi_alone() -> None:
+    done = run([sys.executable, "-c", "import sys, syncbn; assert 'mpi4py' not in sys.modules"])
+    assert done.returncode == 0, done.stdout
