@@ -1,0 +1,173 @@
+"""The examples run as users run them, through the launcher, and show what they claim to show."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+DEADLINE = 100.0
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra: examples)")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: examples)")
+pytest.importorskip("tqdm", reason="tqdm is not installed (extra: examples)")
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python with `command` in a process group of its own, which does not outlive the deadline."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=DEADLINE)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def launch(ranks: int, script: str, *arguments: str | Path) -> str:
+    """Run an example on `ranks` ranks; it must succeed. Returns what it printed."""
+    result = run("-m", "syncbn.launch", "-n", str(ranks), EXAMPLES / script, *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """The examples as modules, importable as they are among themselves."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import equivalence
+    import small_batch
+
+    return {"small_batch": small_batch, "equivalence": equivalence}
+
+
+@pytest.mark.integration
+def test_small_batch_shows_the_gap(tmp_path: Path) -> None:
+    out = launch(4, "small_batch.py", "--samples", "2", "--seeds", "1", "--epochs", "4", "--out", tmp_path)
+    with (tmp_path / "runs.csv").open() as file:
+        rows = {row["norm"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"local", "sync", "group"}
+    assert {(row["ranks"], row["samples_per_device"], row["steps"]) for row in rows.values()} == {("4", "2", "672")}
+    accuracy = {norm: float(row["test_accuracy"]) for norm, row in rows.items()}
+    assert accuracy["sync"] > accuracy["local"] + 20, accuracy
+    assert float(rows["sync"]["train_loss"]) < 0.5 * float(rows["local"]["train_loss"])
+    assert (tmp_path / "small_batch.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 2 |" in out and str(tmp_path / "small_batch.png") in out
+
+
+@pytest.mark.integration
+def test_equivalence_holds_and_its_control_fails() -> None:
+    out = launch(3, "equivalence.py", "--steps", "40")
+    rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| float")]
+    assert len(rows) == 6 and all(row[-1].strip() == "yes" for row in rows), out
+    losses = {tuple(cell.strip() for cell in row[:3]): float(row[3]) for row in rows}
+    assert losses["float64", "SyncBN", "uneven"] <= 1e-12 < 1e-2 < losses["float64", "local BN (control)", "even"]
+
+
+def test_equivalence_can_fail(modules: dict[str, ModuleType]) -> None:
+    """A difference beyond the tolerance counts as a failure, and so does a control that agrees."""
+    module = modules["equivalence"]
+    due = {case.norm: case for case in module.CASES if case.dtype == torch.float64}
+    assert not module.holds(due["sync"], module.Difference(loss=2e-12, weights=0.0, statistics=0.0))
+    assert module.holds(due["sync"], module.Difference(loss=1e-13, weights=0.0, statistics=0.0))
+    assert not module.holds(due["local"], module.Difference(loss=1e-13, weights=0.0, statistics=0.0))
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("split", ["even", "uneven"])
+def test_shares_cover_the_batch(modules: dict[str, ModuleType], world: int, split: str) -> None:
+    shares = modules["equivalence"].shares(split, world)
+    assert len(shares) == world and sum(shares) == modules["equivalence"].TOTAL_BATCH and min(shares) >= 1
+    assert (max(shares) - min(shares) > 1) == (split == "uneven")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return the checkpoint at `path`."""
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    return checkpoint
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Return the largest absolute difference between two state_dicts of the same keys."""
+    assert a.keys() == b.keys()
+    return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
+
+
+@pytest.mark.integration
+def test_training_resumes_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """On as many ranks as before, the weights equal those of an uninterrupted run to the bit."""
+    launch(4, "train.py", "--epochs", "2", "--checkpoint", tmp_path / "whole.pt")
+    launch(4, "train.py", "--epochs", "1", "--checkpoint", tmp_path / "half.pt")
+    assert load(tmp_path / "half.pt")["epoch"] == 1
+    whole = load(tmp_path / "whole.pt")["model"]
+    assert distance(load(tmp_path / "half.pt")["model"], whole) > 1e-3
+    for ranks in (4, 2, 1):
+        path = tmp_path / f"on{ranks}.pt"
+        path.write_bytes((tmp_path / "half.pt").read_bytes())
+        out = launch(ranks, "train.py", "--epochs", "2", "--checkpoint", path)
+        assert "after epoch 1" in out and "epoch 2: " in out and "epoch 1: " not in out
+        assert distance(load(path)["model"], whole) <= (0.0 if ranks == 4 else 1e-5), ranks
+    accuracy = float(out.rsplit("test accuracy ", 1)[1].split()[0])
+    assert accuracy > 95
+
+
+@pytest.mark.integration
+def test_training_runs_without_a_launcher(tmp_path: Path) -> None:
+    result = run(EXAMPLES / "train.py", "--epochs", "1", "--checkpoint", tmp_path / "one.pt")
+    assert result.returncode == 0, result.stderr
+    assert "epoch 1: " in result.stdout and "Warning" not in result.stderr
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("script", ["small_batch.py", "equivalence.py"])
+def test_examples_for_ranks_say_how_to_start_them(script: str) -> None:
+    result = run(EXAMPLES / script)
+    assert result.returncode == 2
+    assert f"python -m syncbn.launch -n 4 examples/{script}" in result.stderr.splitlines()[-1]
+
+
+def test_local_mean_losses_give_another_gradient(modules: dict[str, ModuleType]) -> None:
+    """The loss contract for uneven ranks, and by how much a mean over each rank's own samples misses it."""
+    data = modules["small_batch"].load_data()
+    misses = []
+    for seed in range(20):
+        model = modules["small_batch"].build_mlp("local", seed).double()
+        batch = torch.randint(len(data.train_x), (10,), generator=torch.Generator().manual_seed(seed))
+        losses = F.cross_entropy(model(data.train_x[batch].double()), data.train_y[batch], reduction="none")
+        ranks = (losses[:8], losses[8:])
+
+        def gradient(loss: Tensor, model: torch.nn.Module = model) -> Tensor:
+            return torch.cat(
+                [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)]
+            )
+
+        whole = gradient(losses.mean())
+        scaled = sum(gradient(mine.sum() * 2 / 10) for mine in ranks) / 2
+        means = sum(gradient(mine.mean()) for mine in ranks) / 2
+        assert torch.allclose(scaled, whole, rtol=0, atol=1e-14)
+        misses.append(((means - whole).norm() / whole.norm()).item())
+    assert 0.60 < min(misses) < 0.65 and 0.82 < max(misses) < 0.86, "README gives 62 to 84 %"

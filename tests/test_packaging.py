@@ -1,0 +1,104 @@
+"""What is shipped, what it requires, and that everything it names is pinned."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+CONSTRAINTS = {name: version for name, _, version in (pin.partition("==") for pin in PINS)}
+
+
+def name_of(requirement: str) -> str:
+    """Return the normalized name of a requirement such as ``"Foo_bar[baz]>=1"``."""
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert found, requirement
+    return re.sub(r"[-_.]+", "-", found[0]).lower()
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """Return the numbers of a plain version."""
+    return tuple(int(part) for part in text.split("."))
+
+
+def requirements() -> list[str]:
+    """Return every requirement that pyproject.toml names."""
+    groups = [*PROJECT["project"]["optional-dependencies"].values(), *PROJECT["dependency-groups"].values()]
+    listed = [entry for group in groups for entry in group if isinstance(entry, str)]
+    return [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"], *listed]
+
+
+def test_torch_is_the_only_runtime_dependency() -> None:
+    assert [name_of(entry) for entry in PROJECT["project"]["dependencies"]] == ["torch"]
+
+
+@pytest.mark.parametrize("requirement", requirements())
+def test_requirement_is_pinned_within_its_bound(requirement: str) -> None:
+    least = requirement.split(">=")[1]
+    assert version_of(CONSTRAINTS[name_of(requirement)]) >= version_of(least)
+
+
+def test_pins_are_plain_versions() -> None:
+    assert CONSTRAINTS["torch"] == "2.13.0"
+    assert all(re.fullmatch(r"[0-9]+(\.[0-9]+)*", version) for version in CONSTRAINTS.values())
+
+
+def test_console_script_exists() -> None:
+    module, _, function = PROJECT["project"]["scripts"]["syncbn-launch"].partition(":")
+    assert module == "syncbn.launch"
+    import syncbn.launch
+
+    assert callable(getattr(syncbn.launch, function))
+
+
+def test_the_package_is_typed_and_launch_is_no_package() -> None:
+    assert (ROOT / "syncbn" / "py.typed").exists()
+    assert not (ROOT / "launch" / "__init__.py").exists()
+
+
+def test_make_names_its_targets() -> None:
+    text = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    targets = {line.split()[1] for line in text.splitlines()}
+    wanted = {"venv", "test", "lint", "types", "demo", "fuzz", "soak", "bench", "experiments", "clean", "help"}
+    assert targets == wanted
+
+
+def test_make_says_what_is_missing(tmp_path: Path) -> None:
+    """Without a usable Python, one line says what to do; nothing is made."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    result = subprocess.run(
+        ["make", "venv", "PYTHON=no-such-python"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "no Python 3.11 or later" in result.stderr and "no-such-python" in result.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.integration
+def test_wheel_and_sdist_hold_what_they_should(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="hatchling is not installed (dependency group: build)")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path)], cwd=ROOT, check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"syncbn", "syncbn-0.1.0.dist-info"}
+    assert "syncbn/py.typed" in names and "syncbn/launch.py" in names
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    import tarfile
+
+    with tarfile.open(sdist) as archive:
+        files = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {"launch/torchrun.sh", "examples/train.py", "constraints.txt", "Makefile", "LICENSE"} <= files
