@@ -1,6 +1,7 @@
 """A rank is killed, ``syncbn-launch --max-restarts`` starts all again, and training ends with the same weights."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ STEPS = 12
 
 # Plain torch on purpose: what is tested is the launcher. One step per loop, a checkpoint after each.
 SCRIPT = '''
-import os, signal, sys
+import os, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as dist
@@ -30,6 +31,8 @@ def die(where):
         os.kill(os.getpid(), signal.SIGKILL)
 
 die("before joining")
+# The ranks of a new attempt do not come at the same time: the first finds in the store what is there by then.
+time.sleep(0.5 if attempt > 0 and rank == attempt % 2 else 0)
 dist.init_process_group("gloo", timeout=timedelta(seconds=20))
 die("after joining")
 torch.manual_seed(0)
@@ -108,6 +111,52 @@ def test_recovers_from_kills(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_soak_recovers_from_twenty_kills_of_twenty(tmp_path: Path) -> None:
     assert_recovers(tmp_path, 20, 800)
+
+
+# Two hosts acted by one, a rank on each. The agents count restarts differently: only one of them had a failure.
+HOSTS_SCRIPT = """
+import os, signal, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch, torch.distributed as dist
+
+rank, killed = int(os.environ["RANK"]), Path(sys.argv[1])
+again = killed.exists()
+time.sleep(0.5 * rank)
+dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+message = torch.ones(4)
+dist.all_reduce(message)
+if rank == 1 and not again:
+    killed.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+dist.all_reduce(message)
+print("sum", message[0].item(), "restarts", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.integration
+def test_recovers_on_two_hosts(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(HOSTS_SCRIPT)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, str(ROOT / "syncbn" / "launch.py"), "-n", "1", "--nnodes", "2", "--max-restarts", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+    command += [str(script), str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    agents = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        ends = [agent.communicate(timeout=90) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], ends
+    assert sum(out.count("sum 4.0") for out, _ in ends) == 2
 
 
 @pytest.mark.integration
