@@ -159,8 +159,8 @@ def test_one_rank_is_batch_norm_to_the_bit(group_of_one: bool) -> None:
 # ---- far off centre
 
 
-def offset_data(ratio: float, channels_last: bool) -> tuple[list[Tensor], list[Tensor]]:
-    shapes = [(9, CHANNELS, 6, 6), (4, CHANNELS, 6, 6), (1, CHANNELS, 6, 6)]
+def offset_data(ratio: float, side: int, channels_last: bool) -> tuple[list[Tensor], list[Tensor]]:
+    shapes = [(n, CHANNELS, side, side) for n in (9, 4, 1)]
     std = torch.tensor([1.0, 3.0, 0.5, 2.0]).view(1, -1, 1, 1)
     xs = [torch.randn(shape) * std + ratio * std for shape in shapes]
     gs = [torch.randn(shape) for shape in shapes]
@@ -169,10 +169,11 @@ def offset_data(ratio: float, channels_last: bool) -> tuple[list[Tensor], list[T
     return xs, gs
 
 
+@pytest.mark.parametrize("side", [6, 60])  # small inputs are summed in another way than large ones
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("ratio", [1e1, 1e3, 1e4, 1e5])
-def test_float32_far_off_centre(ratio: float, channels_last: bool) -> None:
-    xs, gs = offset_data(ratio, channels_last)
+def test_float32_far_off_centre(ratio: float, channels_last: bool, side: int) -> None:
+    xs, gs = offset_data(ratio, side, channels_last)
     weight, bias = affine(CHANNELS, torch.float32)
     expected = whole_batch(xs, gs, weight, bias)
     plain = nn.BatchNorm2d(CHANNELS)
@@ -279,6 +280,18 @@ def test_layouts(layout: str, ndim: int, dtype: torch.dtype) -> None:
     assert_matches(results, whole_batch(xs, gs, weight, bias), dtype)
     for x, result in zip(xs, results, strict=True):
         assert result["y"].stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_inputs(dtype: torch.dtype, layout: str) -> None:
+    """Beyond what fits a cache, and what is summed in one go; one rank stays small."""
+    xs, gs = data([(5, CHANNELS, 131, 217), (1, CHANNELS, 131, 217), (2, CHANNELS, 3, 3)], dtype)
+    xs = [strided(x, layout) for x in xs]
+    weight, bias = affine(CHANNELS, torch.float64 if dtype == torch.float64 else torch.float32)
+    adds = [torch.randn_like(x) for x in xs]
+    expected = whole_batch(xs, gs, weight, bias, residuals=adds)
+    assert_matches(run(xs, gs, weight, bias, residuals=adds), expected, dtype)
 
 
 def test_ranks_of_different_layouts() -> None:
