@@ -13,7 +13,7 @@ from torch import Tensor
 from syncbn import comm, header, traced
 from syncbn.autograd import GlobalMomentsFunction, Plan, SyncBatchNormFunction
 from syncbn.comm import Link
-from syncbn.header import Call
+from syncbn.header import Call, PeerLostError
 from syncbn.moments import Moments, update_running_stats
 from syncbn.recompute import unseen
 
@@ -298,5 +298,8 @@ def _raise_together(error: ValueError, link: Link | None, call: Call, input: Ten
     if link is not None:
         if channels is None:
             channels = input.shape[1] if input.dim() > 1 else 0
-        link.refuse(call, str(error), 2 * channels + 1)
+        try:
+            link.refuse(call, str(error), 2 * channels + 1)
+        except PeerLostError as lost:  # this rank's own error is what there is to mend
+            raise error from lost
     raise error
