@@ -1,0 +1,263 @@
+"""Random programs on all ranks, some of which differ on one of them: right numbers, or the expected error; no hang.
+
+A program is a list of calls of a few layers. What must happen is worked out beforehand: each call is one or two
+exchanges, the ranks' lists of exchanges are laid side by side, and where they first differ every rank must raise.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections import deque
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import TOLERANCE, close, rows, unrows
+from ranks import outcomes
+from torch import Tensor, nn
+
+import syncbn
+from syncbn import comm, header
+from syncbn.header import BACKWARD, BIAS_GRAD, FORWARD, INPUT_GRAD, WEIGHT_GRAD
+
+LAYERS = ("a", "b", "c")
+CHANNELS = 3
+SPATIAL: tuple[tuple[int, ...], ...] = ((), (2,), (3, 1), (2, 1, 2))
+BENIGN = ("rows", "dtype", "empty", "nan")
+REFUSED = ("channels", "integer")
+MALIGNANT = ("skip", "other layer", "eval", "no_grad", "frozen", "wide", *REFUSED)
+
+
+class Step(NamedTuple):
+    """One call of a layer on one rank: forward and backward."""
+
+    layer: str
+    spatial: tuple[int, ...] = ()
+    rows: int = 3
+    dtype: torch.dtype = torch.float32
+    scale: float = 1.0
+    kind: str = ""
+
+    def exchanges(self) -> list[tuple[header.Call, int]]:
+        """The calls that it makes, and their widths in float64."""
+        if self.kind in ("skip", "eval"):
+            return []
+        channels = 2 * CHANNELS if self.kind == "wide" else CHANNELS
+        flags = INPUT_GRAD | BIAS_GRAD | (0 if self.kind == "frozen" else WEIGHT_GRAD)
+        if self.kind == "no_grad":
+            return [(header.Call(FORWARD, self.layer, 0), 2 * channels + 1)]
+        forward = header.Call(FORWARD, self.layer, flags), 2 * channels + 1
+        return [forward, (header.Call(BACKWARD, self.layer, flags), 2 * channels)]
+
+    def count(self) -> int:
+        """Values per channel."""
+        return self.rows * math.prod(self.spatial)
+
+    def data(self, rank: int, number: int) -> tuple[Tensor, Tensor]:
+        """Input and output gradient, the same whenever asked."""
+        generator = torch.Generator().manual_seed(1000 * number + rank)
+        channels = {"wide": 2 * CHANNELS, "channels": CHANNELS + 1}.get(self.kind, CHANNELS)
+        shape = (self.rows, channels, *self.spatial)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64) * self.scale + rank
+        if self.kind == "nan" and x.numel():
+            x[0] = float("nan")
+        if self.kind == "integer":
+            return x.long(), x
+        return x.to(self.dtype), torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)
+
+
+class Scenario(NamedTuple):
+    """The programs of all ranks; ``one_hop``: how messages travel."""
+
+    programs: list[list[Step]]
+    one_hop: bool
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> Scenario:
+    world = draw(st.integers(2, 4))
+    length = draw(st.integers(1, 4))
+    calls = [
+        Step(
+            draw(st.sampled_from(LAYERS)), draw(st.sampled_from(SPATIAL)), scale=draw(st.sampled_from([0.1, 1.0, 30.0]))
+        )
+        for _ in range(length)
+    ]
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
+    programs = [[call._replace(rows=draw(st.integers(1, 5)), dtype=dtype) for call in calls] for _ in range(world)]
+    for _ in range(draw(st.integers(0, 2))):
+        rank, number = draw(st.integers(0, world - 1)), draw(st.integers(0, length - 1))
+        programs[rank][number] = odd_one(draw, programs[rank][number], draw(st.sampled_from(BENIGN + MALIGNANT)))
+    return Scenario(programs, draw(st.booleans()))
+
+
+def odd_one(draw: st.DrawFn, call: Step, kind: str) -> Step:
+    """The call as it is on the rank that differs."""
+    if kind == "rows":
+        return call._replace(rows=draw(st.integers(6, 40)))
+    if kind == "dtype":
+        return call._replace(dtype=draw(st.sampled_from([torch.float64, torch.bfloat16])))
+    if kind == "empty":
+        return call._replace(rows=0)
+    if kind == "other layer":
+        return call._replace(layer=draw(st.sampled_from([name for name in LAYERS if name != call.layer])))
+    return call._replace(kind=kind)
+
+
+class Expected(NamedTuple):
+    """How many calls a rank completes, and the error that ends the next ("" for none)."""
+
+    completed: int
+    error: str
+
+
+def expected(scenario: Scenario) -> list[Expected] | None:
+    """What must happen on each rank; None where sums cannot show the difference (16 bits that happen to be equal)."""
+    programs = scenario.programs
+    queues = [
+        deque((number, call, exchange) for number, call in enumerate(program) for exchange in call.exchanges())
+        for program in programs
+    ]
+    exchange = 0
+    while all(queues):
+        heads = [queue[0] for queue in queues]
+        refused = [call.kind in REFUSED for _, call, _ in heads]
+        if any(refused) or len({(call, width) for _, _, (call, width) in heads}) > 1:
+            if not scenario.one_hop and not any(refused):
+                bytes_ = [header.encode(call, width, exchange) for _, _, (call, width) in heads]
+                if len({header.digest(each) for each in bytes_}) == 1:
+                    return None
+            errors = ["ValueError" if bad else "RankMismatchError" for bad in refused]
+            return [Expected(head[0], error) for head, error in zip(heads, errors, strict=True)]
+        if heads[0][2][0].kind == FORWARD and sum(call.count() for _, call, _ in heads) == 1:
+            return [Expected(number, "ValueError") for number, _, _ in heads]
+        for queue in queues:
+            queue.popleft()
+        exchange += 1
+    return [
+        Expected(queue[0][0], "ValueError" if queue[0][1].kind in REFUSED else "PeerLostError")
+        if queue
+        else Expected(len(program), "")
+        for queue, program in zip(queues, programs, strict=True)
+    ]
+
+
+class Seen(NamedTuple):
+    """What a rank has seen: output and input gradient of each completed call, the error, and its statistics."""
+
+    results: list[tuple[Tensor, Tensor | None]]
+    error: str
+    text: str
+    statistics: dict[str, Tensor]
+
+
+def run_rank(rank: int, group: Any, programs: list[list[Step]]) -> Seen:
+    layers = {name: syncbn.SyncBatchNorm(CHANNELS, process_group=group, activation=None) for name in LAYERS}
+    for name, layer in layers.items():
+        layer.layer_name = name
+    results: list[tuple[Tensor, Tensor | None]] = []
+    error = text = ""
+    for number, call in enumerate(programs[rank]):
+        try:
+            results.append(run_call(layers[call.layer], group, call, *call.data(rank, number)))
+        except (RuntimeError, ValueError) as caught:
+            error, text = type(caught).__name__, str(caught)
+            break
+    statistics = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.named_buffers()}
+    return Seen(results, error, text, statistics)
+
+
+def run_call(layer: Any, group: Any, call: Step, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:
+    if call.kind == "skip":
+        return x, None
+    if call.kind == "wide":
+        layer = syncbn.SyncBatchNorm(2 * CHANNELS, process_group=group)
+        layer.layer_name = call.layer
+    if call.kind == "eval":
+        x = x.float()  # torch's own, which takes no float64 for a float32 layer
+    layer.train(call.kind != "eval")
+    layer.weight.requires_grad_(call.kind != "frozen")
+    if x.is_floating_point():
+        x = x.detach().requires_grad_()
+    with torch.set_grad_enabled(call.kind != "no_grad"):
+        y = layer(x)
+    if y.requires_grad:
+        y.backward(g)
+    return y.detach(), x.grad
+
+
+def check(scenario: Scenario) -> None:
+    awaited = expected(scenario)
+    if awaited is None:
+        return
+    world = len(scenario.programs)
+    limit = comm.ONE_HOP_LIMIT if scenario.one_hop else 1
+    started = time.monotonic()
+    with mock.patch.object(comm, "ONE_HOP_LIMIT", limit), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "batch statistics of layer", RuntimeWarning)
+        seen = outcomes(world, run_rank, scenario.programs, timeout=5.0)
+    assert time.monotonic() - started < 6.0
+    for rank, (one, want) in enumerate(zip(seen, awaited, strict=True)):
+        assert isinstance(one, Seen), one
+        assert (len(one.results), one.error) == want, f"rank {rank}: {one}"
+        if one.error:
+            assert any(word in one.text for word in ("layer '", "channels", "convert it first", "more than 1 value"))
+    check_numbers(scenario.programs, seen, awaited)
+
+
+def check_numbers(programs: list[list[Step]], seen: list[Seen], awaited: list[Expected]) -> None:
+    """Calls that all ranks have completed alike, against the whole batch; and statistics against each other."""
+    norms = {name: nn.BatchNorm1d(CHANNELS, dtype=torch.float64) for name in LAYERS}
+    alike = True
+    for number in range(min(want.completed for want in awaited)):
+        calls = [program[number] for program in programs]
+        if any(call.kind in MALIGNANT for call in calls) or len({call.layer for call in calls}) > 1:
+            alike = False  # all ranks differ in the same way, or all the others' calls are to come
+            break
+        data = [call.data(rank, number) for rank, call in enumerate(calls)]
+        xs = [rows(x).requires_grad_() for x, _ in data]
+        broken = any(call.kind == "nan" and x.numel() for call, (x, _) in zip(calls, data, strict=True))
+        norm = norms[calls[0].layer]
+        if not any(call.count() for call in calls):
+            continue  # no batch at all, and not counted as one
+        if broken:  # NaN everywhere, and the statistics stay as they were
+            assert all(one.results[number][0].isnan().all() for one in seen)
+            norm.num_batches_tracked += 1
+            continue
+        ys = norm(torch.cat(xs)).split([len(x) for x in xs])
+        torch.stack([(y * rows(g)).sum() for y, (_, g) in zip(ys, data, strict=True)]).sum().backward()
+        for rank, one in enumerate(seen):
+            y, dx = one.results[number]
+            rtol, atol = TOLERANCE[calls[rank].dtype]
+            like = data[rank][0]
+            close(y, unrows(ys[rank].detach(), like), rtol, 2 * atol, f"output {number} of rank {rank}")
+            assert dx is not None and xs[rank].grad is not None
+            size = 1.0 + float(torch.cat([x.grad for x in xs if x.grad is not None]).abs().max())
+            close(dx, unrows(xs[rank].grad, like), rtol, 4 * atol * size, f"gradient {number} of rank {rank}")
+    if alike and all(not want.error for want in awaited):
+        for name, value in seen[0].statistics.items():
+            assert all(torch.equal(one.statistics[name], value) for one in seen), name
+            layer, key = name.split(".")
+            close(value, getattr(norms[layer], key), 1e-5, 1e-5, name)
+
+
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=QUIET)
+@given(scenarios())
+def test_fuzz(scenario: Scenario) -> None:
+    check(scenario)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=5000, deadline=None, database=None, suppress_health_check=QUIET)
+@given(scenarios())
+def test_fuzz_at_length(scenario: Scenario) -> None:
+    check(scenario)
