@@ -188,8 +188,9 @@ def test_float32_far_off_centre(ratio: float, channels_last: bool, side: int) ->
     for name in ("y", "dx"):
         truth = torch.cat(getattr(expected, name))
         ours = (torch.cat([r[name] for r in results]).double() - truth).abs().max()
-        floor = 2e-6 * truth.abs().max()  # a few roundings of float32: no worse than that is asked of anybody
-        assert ours <= max((theirs[name].double() - truth).abs().max(), floor), (name, ours)
+        size = truth.abs().max()
+        assert ours <= 2e-6 * size, name  # at any offset: x is centred before it is scaled
+        assert ours <= (theirs[name].double() - truth).abs().max() + 2**-23 * size, name
 
 
 @pytest.mark.parametrize("ratio", [2.0**17, 2.0**27])
