@@ -73,6 +73,7 @@ def sync_batch_norm(
     tensor([[-1.],
             [ 1.]])
     """
+
     def remember(moments: Moments | None) -> None:
         if moments is not None:
             update_running_stats(running_mean, running_var, moments, momentum)
