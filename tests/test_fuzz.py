@@ -7,6 +7,7 @@ exchanges, the ranks' lists of exchanges are laid side by side, and where they f
 from __future__ import annotations
 
 import math
+import threading
 import time
 import warnings
 from collections import deque
@@ -156,7 +157,8 @@ class Seen(NamedTuple):
     statistics: dict[str, Tensor]
 
 
-def run_rank(rank: int, group: Any, programs: list[list[Step]]) -> Seen:
+def run_rank(rank: int, group: Any, programs: list[list[Step]], connected: threading.Barrier) -> Seen:
+    connected.wait(20.0)  # a rank without any exchange would hang up on those that still connect
     layers = {name: syncbn.SyncBatchNorm(CHANNELS, process_group=group, activation=None) for name in LAYERS}
     for name, layer in layers.items():
         layer.layer_name = name
@@ -200,7 +202,7 @@ def check(scenario: Scenario) -> None:
     started = time.monotonic()
     with mock.patch.object(comm, "ONE_HOP_LIMIT", limit), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "batch statistics of layer", RuntimeWarning)
-        seen = outcomes(world, run_rank, scenario.programs, timeout=5.0)
+        seen = outcomes(world, run_rank, scenario.programs, threading.Barrier(world), timeout=5.0)
     assert time.monotonic() - started < 6.0
     for rank, (one, want) in enumerate(zip(seen, awaited, strict=True)):
         assert isinstance(one, Seen), one
