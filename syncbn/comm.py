@@ -400,8 +400,7 @@ class OneHop(Link):
 
     def _hear_refusals(self) -> None:
         for rank, _ in self._peers:
-            decoded = header.decode(bytes(self._bytes[self._offset(rank) : self._offset(rank) + header.SIZE]))
-            if decoded is not None and decoded[0].flags & header.REFUSED:
+            if self._bytes[self._offset(rank) + header.FLAGS_AT] & header.REFUSED:
                 self._raise_mismatch()
 
     def _raise_mismatch(self) -> NoReturn:

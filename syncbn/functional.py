@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn import comm, header, traced
-from syncbn.autograd import GlobalMomentsFunction, Plan, SyncBatchNormFunction
+from syncbn import autograd, comm, header, traced
+from syncbn.autograd import GlobalMomentsFunction, Plan
 from syncbn.comm import Link
 from syncbn.header import Call, PeerLostError
 from syncbn.moments import Moments, update_running_stats
@@ -178,7 +178,7 @@ def batch_norm(
         )  # fmt: skip
     if training and not compiling and (comm.must_synchronize(link) or input.numel() == 0):
         plan = Plan(link, eps, activation == "relu", remember, layer, flags)
-        return SyncBatchNormFunction.apply(input, weight, bias, residual, plan)[0]
+        return autograd.sync_batch_norm(input, weight, bias, residual, plan)
     if training:
         y = _local_training(input, running_mean, running_var, weight, bias, eps, remember, local_momentum)
     else:

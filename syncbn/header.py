@@ -21,6 +21,7 @@ _LAYOUT = struct.Struct("<4sHHqqII96s")
 _MAGIC = b"sbn1"
 SIZE = _LAYOUT.size  # 128 bytes: sixteen float64
 assert SIZE == 128
+FLAGS_AT = 6  # where the low byte of the flags lies
 
 # The kinds of exchange.
 FORWARD, BACKWARD, MOMENTS, MOMENTS_BACKWARD, SUM, VOTE, COUNT = range(1, 8)

@@ -39,13 +39,19 @@ class Moments(NamedTuple):
             wait for the device).
         mean: shape ``(C,)``; zero where the count is zero.
         m2: shape ``(C,)``, sum of squared deviations from ``mean``; zero where the count is zero.
-        finite: whether all of them are finite; None where nobody looked, because that would wait for the device.
+        bound: no ``|mean|`` and no variance exceeds it; infinite or NaN if one of them is not finite; None where nobody
+            looked, because that would wait for the device.
     """
 
     n: Tensor
     mean: Tensor
     m2: Tensor
-    finite: bool | None = None
+    bound: float | None = None
+
+    @property
+    def finite(self) -> bool | None:
+        """Whether all is finite; None where nobody looked."""
+        return None if self.bound is None else math.isfinite(self.bound)
 
     @property
     def var(self) -> Tensor:
@@ -100,11 +106,12 @@ def merge(parts: Sequence[Moments]) -> Moments:
 
 
 def look(moments: Moments) -> Moments:
-    """The same, knowing whether all is finite, where looking costs nothing: on a CPU."""
+    """The same, with a bound on its values, where looking costs nothing: on a CPU."""
     if moments.mean.device.type != "cpu":
         return moments
     # One sum finds any NaN or infinity; finite values whose sum overflows float64 are as useless as these.
-    return moments._replace(finite=math.isfinite(torch.add(moments.mean, moments.m2).sum().item()))
+    bound = moments.mean.abs().add_(moments.m2).sum().item()
+    return Moments(moments.n, moments.mean, moments.m2, bound)
 
 
 def update_running_stats(
@@ -131,9 +138,9 @@ def update_running_stats(
     mean, var = moments.mean, moments.unbiased_var
     if moments.finite is not None and moments.n.item() == 0:  # who looked at the values may read the count as well
         return
-    rounded = mean.to(running_mean.dtype), var.to(running_var.dtype)
     keep = None
-    if not moments.finite or not math.isfinite(torch.add(*rounded).sum().item()):
+    if moments.bound is None or not moments.bound < torch.finfo(running_var.dtype).max:
+        rounded = mean.to(running_mean.dtype), var.to(running_var.dtype)
         keep = ~(torch.isfinite(rounded[0]) & torch.isfinite(rounded[1]) & (moments.n > 0))
     for running, batch in ((running_mean, mean), (running_var, var)):
         if keep is not None:
