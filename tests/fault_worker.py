@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,14 +120,20 @@ def _in_another_collective() -> None:
     group.allreduce([torch.ones(100)], dist.AllreduceOptions()).wait()
 
 
-def train(rank: int, group: Any, fault: Fault | None, steps: int = STEPS) -> dict[str, Any]:
+def train(
+    rank: int,
+    group: Any,
+    fault: Fault | None,
+    steps: int = STEPS,
+    convert: Callable[[nn.Module, Any], object] | None = None,
+) -> dict[str, Any]:
     """Train; what became of it: error class and text, seconds in the step that failed, step, statistics, outputs."""
     _groups[threading.get_ident()] = group
     mine = fault if fault is not None and rank == fault.rank else None
     with BUILDING:
         torch.manual_seed(0)
         net = Net(odd=mine.layer if mine is not None and mine.kind == "width" else None)
-    syncbn.convert_sync_batchnorm(net, group)
+    (convert or syncbn.convert_sync_batchnorm)(net, group)
     report: dict[str, Any] = {"error": None, "text": "", "seconds": 0.0, "step": 0, "outputs": []}
     for step in range(steps):
         started = time.monotonic()
@@ -158,7 +164,15 @@ def train_step(net: Net, x: Tensor, fault: Fault | None, report: dict[str, Any])
     y.square().sum().backward()
 
 
-def process_main(rank: int, size: int, folder: str, fault: Fault | None, timeout: float, one_hop: bool) -> None:
+def process_main(
+    rank: int,
+    size: int,
+    folder: str,
+    fault: Fault | None,
+    timeout: float,
+    one_hop: bool,
+    convert: Callable[[nn.Module, Any], object] | None = None,
+) -> None:
     """A rank as a process: trains, leaves its report in ``folder``, and exits with 1 after an error."""
     torch.set_num_threads(1)
     if not one_hop:
@@ -166,8 +180,8 @@ def process_main(rank: int, size: int, folder: str, fault: Fault | None, timeout
     store = dist.FileStore(str(Path(folder) / "store"), size)
     store.set(f"here/{rank}", "")
     store.wait([f"here/{other}" for other in range(size)])  # so that the timeout is not spent on starting
-    report = train(rank, make_group(store, rank, size, timeout), fault)
-    report.pop("state")
-    report.pop("outputs")
+    report = train(rank, make_group(store, rank, size, timeout), fault, convert=convert)
+    report["state"] = {name: value.tolist() for name, value in report["state"].items()}
+    report["outputs"] = [output.tolist() for output in report["outputs"]]
     (Path(folder) / f"{rank}.json").write_text(json.dumps(report))
     sys.exit(1 if report["error"] else 0)

@@ -310,9 +310,10 @@ def run_processes(
     timeout: float,
     one_hop: bool = True,
     wake: float | None = None,
+    convert: Any = None,
 ) -> list[Rank]:
     """Run the ranks to their end; a stopped one is woken after ``wake`` seconds, or else once the others have ended."""
-    args = [(rank, world, str(folder), fault, timeout, one_hop) for rank in range(world)]
+    args = [(rank, world, str(folder), fault, timeout, one_hop, convert) for rank in range(world)]
     processes = [spawned.context().Process(target=process_main, args=each, daemon=True) for each in args]
     for process in processes:
         process.start()
