@@ -25,7 +25,8 @@ help: ## say what each target does
 
 venv: $(STAMP) ## make .venv and install everything, pinned
 
-# An environment that works is kept. A candidate counts only if it runs, is new enough and can make environments (Debian ships venv separately).
+# An environment that works is kept. A candidate for a new one counts only if it runs, is new enough and can make
+# environments (Debian ships venv separately).
 $(STAMP): pyproject.toml constraints.txt
 	@found=; if $(BIN)/python -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; then exit 0; fi; \
 	python="$(PYTHON)"; \
