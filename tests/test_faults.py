@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,33 @@ def test_a_dead_group_stays_dead(way: str) -> None:
     assert "forward of layer 'first'" in first
     assert "forward of layer 'second'" in second and "cannot be used any more" in second
     assert "lost a peer in forward of layer 'first'" in second
+
+
+def test_a_rank_that_hung_up_first_is_not_blamed(way: str) -> None:
+    """Rank 2 is gone; rank 1 finds out, and hangs up before rank 0 comes: rank 0 names rank 2 alone."""
+    hung_up = threading.Event()
+
+    def body(rank: int, group: Any) -> str:
+        if rank == 2:
+            return ""
+        if rank == 0:
+            hung_up.wait(10.0)
+        try:
+            syncbn.SyncBatchNorm(4, process_group=group)(torch.ones(2, 4))
+        except syncbn.PeerLostError as error:
+            return str(error)
+        raise AssertionError
+
+    def run(rank: int, group: Any) -> str:
+        text = body(rank, group)
+        del group
+        if rank == 1:
+            time.sleep(0.2)  # for the connections to be closed
+            hung_up.set()
+        return text
+
+    texts = run_ranks(3, run, timeout=TIMEOUT)
+    assert "Not arrived: rank 2." in texts[0], texts[0]
 
 
 # ---- processes

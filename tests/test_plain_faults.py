@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from fault_worker import Fault
 from plain import make_plain
+from ranks import run_ranks
 from test_faults import Rank, run_processes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -82,6 +84,23 @@ def test_the_all_reduce_of_syncbn_has_the_same_limit(tmp_path: Path) -> None:
     """What it cannot catch: a peer in a collective of another length, where one all-reduce carries the message."""
     ranks = run_processes(2, Fault("collective"), tmp_path, timeout=1.0, one_hop=False)
     assert ABORT in [rank.code for rank in ranks]
+
+
+def test_plain_waits_for_a_model_in_eval_mode() -> None:
+    def body(rank: int, group: Any) -> str:
+        net = nn.Sequential(nn.BatchNorm1d(4))
+        make_plain(net, group)
+        net.train(rank == 0)
+        try:
+            net(torch.ones(2, 4))
+        except RuntimeError as error:
+            return str(error)
+        time.sleep(1.5)  # keeps the connection open
+        return ""
+
+    started = time.monotonic()
+    text, _ = run_ranks(2, body, timeout=1.0)
+    assert "Timed out" in text and "layer" not in text and time.monotonic() - started > 1.0
 
 
 def test_plain_counts_a_recomputed_batch_twice() -> None:
