@@ -333,11 +333,16 @@ def _watched_forward(
     return output
 
 
-@torch.compiler.disable(
-    reason="a subclass of batch norm that calls F.batch_norm itself is synchronized in eager mode only"
-)
-def _uncompiled_forward(self: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _forward_in_eager_mode(
+    self: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     return _watched_forward(self, forward, args, kwargs, _Redirect(self))
+
+
+# (As an expression, not as a decorator: torch.compiler is not annotated.)
+_uncompiled_forward: Any = torch.compiler.disable(
+    _forward_in_eager_mode, reason="F.batch_norm called by a subclass is synchronized in eager mode only"
+)
 
 
 def _reached_normalize(self: Any, *args: Any, **kwargs: Any) -> Tensor:

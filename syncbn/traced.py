@@ -133,7 +133,7 @@ def _sum_over_ranks(payload: Tensor, group: dist.ProcessGroup | None, call: Call
     return message[_HEAD:]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _digest(kind: int, layer: str, flags: int) -> float:
     return float(header.digest(header.encode(Call(kind, layer, flags), 0, 0)))
 

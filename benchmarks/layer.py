@@ -1,0 +1,173 @@
+"""The layer alone: forward, backward and both, against nn.BatchNorm2d without synchronization.
+
+    python -m syncbn.launch --engine mpi -n 2 benchmarks/layer.py --backend mpi4py
+    python -m syncbn.launch -n 2 benchmarks/layer.py --backend gloo
+    python benchmarks/layer.py                        # one process, the synchronized path without peers
+
+For each shape and layout the sides run in turn in one process. Printed and written to a CSV: medians in microseconds,
+the ratio of syncbn (synchronization included) to PyTorch's layer (without any), and to the copy floor: forward must
+read x twice and write y, backward must read x and dy twice and write dx, at the speed of a clone of x in the same run
+(one read and one write). Results are compared with float64 before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+from collections.abc import Callable
+
+import timing
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import syncbn
+from syncbn import comm
+
+STAGES = [(64, 112, 112), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
+SHAPES = {
+    "targets": [(8, 64, 56, 56), (2, 64, 112, 112), (8, 256, 14, 14), (8, 512, 7, 7)],
+    "resnet50": [
+        (n, c, s, s) for n in (1, 2, 4, 16) for c, s in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
+    ],
+    "unet": [(n, c, s, s) for n in (1, 2) for c, s in ((64, 128), (128, 64), (256, 32), (512, 16))],
+    "mlp": [(n, c) for n in (1024, 16384) for c in (64, 256)] + [(n, 128, 1024) for n in (2, 16)],
+}
+
+
+class Side:
+    """A layer with an input: forward, backward alone (on a graph that is kept), and both."""
+
+    def __init__(self, layer: nn.Module, x: Tensor, grad: Tensor) -> None:
+        self.layer, self.x, self.grad = layer, x, grad
+        self.wanted = [self.x, *layer.parameters()]
+        self.y: Tensor | None = None
+
+    def forward(self) -> Tensor:
+        return self.layer(self.x)
+
+    def backward(self) -> tuple[Tensor, ...]:
+        if self.y is None:
+            self.y = self.forward()
+        return torch.autograd.grad(self.y, self.wanted, self.grad, retain_graph=True)
+
+    def both(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.layer(self.x), self.wanted, self.grad)
+
+
+def check(layer: nn.Module, x: Tensor, grad: Tensor, group: dist.ProcessGroup | None) -> None:
+    """The synchronized layer against float64 batch norm on all ranks' data; raises if they differ."""
+    xs, grads = [x], [grad]
+    if group is not None:
+        xs = [torch.empty_like(x) for _ in range(group.size())]
+        grads = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(xs, x, group=group)
+        dist.all_gather(grads, grad, group=group)
+    side = Side(layer, x.clone(memory_format=torch.preserve_format).requires_grad_(), grad)
+    y, dx = side.forward(), side.both()[0]
+    whole = torch.cat(xs).double().requires_grad_()
+    expected = nn.functional.batch_norm(whole, None, None, training=True)
+    expected.backward(torch.cat(grads).double())
+    assert whole.grad is not None
+    mine = slice(0, len(x)) if group is None else slice(group.rank() * len(x), (group.rank() + 1) * len(x))
+    torch.testing.assert_close(y.double(), expected[mine], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx.double(), whole.grad[mine], rtol=1e-5, atol=1e-5)
+
+
+def measure(
+    shape: tuple[int, ...], layout: torch.memory_format, rounds: int, group: dist.ProcessGroup | None
+) -> dict[str, object]:
+    """One row: medians in microseconds of both layers and of a clone, and the ratios."""
+    torch.manual_seed(group.rank() if group is not None else 0)
+    x, grad = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
+    plain = nn.BatchNorm1d(shape[1]) if len(shape) < 4 else nn.BatchNorm2d(shape[1])
+    ours = syncbn.SyncBatchNorm(shape[1])
+    check(ours, x, grad, group)
+    # Both sides work on the same tensors, in a rotation of their own for each of forward, backward and both.
+    times: dict[str, float] = {}
+    x.requires_grad_()
+    pair = {"nn": Side(plain, x, grad), "syncbn": Side(ours, x, grad)}
+    for what in ("forward", "backward", "both"):
+        sides: dict[str, Callable[[], object]] = {f"{name} {what}": getattr(side, what) for name, side in pair.items()}
+        times |= timing.in_turn(sides | {"clone": x.detach().clone}, rounds, group)
+    row: dict[str, object] = {
+        "shape": "x".join(map(str, shape)),
+        "layout": "channels_last" if layout is torch.channels_last else "contiguous",
+        "ranks": 1 if group is None else group.size(),
+        "backend": "none" if group is None else dist.get_backend(group),
+        "threads": torch.get_num_threads(),
+    }
+    row |= {f"{name} us": seconds * 1e6 for name, seconds in times.items()}
+    for what, passes in (("forward", 3), ("backward", 5), ("both", 8)):
+        row[f"{what} ratio"] = times[f"syncbn {what}"] / times[f"nn {what}"]
+        row[f"{what} over floor"] = times[f"syncbn {what}"] / (times["clone"] * passes / 2)
+    return row
+
+
+def plot(rows: list[dict[str, object]], path: str) -> None:
+    """Bars of the ratio for forward + backward, contiguous beside channels_last."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys(str(row["shape"]) for row in rows))
+    figure, axes = plt.subplots(figsize=(max(6.0, 0.9 * len(shapes) + 2), 4.2), layout="constrained")
+    for offset, layout in ((-0.2, "contiguous"), (0.2, "channels_last")):
+        found = {str(row["shape"]): row["both ratio"] for row in rows if row["layout"] == layout}
+        places = [shapes.index(shape) + offset for shape in found]
+        axes.bar(places, list(found.values()), 0.4, label=layout)
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
+    axes.set_ylabel("time, forward + backward,\nrelative to nn.BatchNorm without sync")
+    axes.set_xlabel(
+        f"input of each of {rows[0]['ranks']} rank(s), {rows[0]['threads']} thread(s), {rows[0]['backend']}"
+    )
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="syncbn.SyncBatchNorm against nn.BatchNorm without sync")
+    parser.add_argument("--backend", choices=("none", "gloo", "mpi4py"), default="none")
+    parser.add_argument("--shapes", choices=SHAPES, default="targets")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1, help="of each rank")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    group = None
+    if args.backend != "none":
+        if args.backend == "mpi4py":
+            importlib.import_module("syncbn.mpi")  # registers the backend
+        dist.init_process_group(args.backend)
+        group = dist.group.WORLD
+    else:
+        timing.keep_freed_memory()
+    rows = []
+    with comm.forced() if group is None else contextlib.nullcontext():
+        for shape in SHAPES[args.shapes]:
+            for layout in (torch.contiguous_format, torch.channels_last):
+                if layout is torch.channels_last and len(shape) != 4:
+                    continue
+                row = measure(shape, layout, args.rounds, group)
+                rows.append(row)
+                if group is None or group.rank() == 0:
+                    print(
+                        f"{row['shape']:>16} {row['layout']:<14} nn {row['nn both us']:8.0f} us  "
+                        f"syncbn {row['syncbn both us']:8.0f} us  ratio: forward {row['forward ratio']:.2f} "
+                        f"backward {row['backward ratio']:.2f} both {row['both ratio']:.2f}  "
+                        f"over floor: {row['both over floor']:.2f}",
+                        flush=True,
+                    )
+    if group is None or group.rank() == 0:
+        name = f"layer-{args.shapes}-{args.backend}-{args.threads}t"
+        path = timing.write_csv(f"{name}.csv", rows)
+        plot(rows, str(path.with_suffix(".png")))
+        print(f"{timing.machine()}\nwritten: {path} and {path.with_suffix('.png').name}")
+    if group is not None:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

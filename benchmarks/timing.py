@@ -1,0 +1,81 @@
+"""What the benchmarks share: sides measured in turn, medians, the machine, CSV."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+RESULTS = Path(__file__).parent / "results"
+
+# glibc gives freed blocks back to the system, and each new activation then faults its pages in: both sides of a
+# comparison would be timed on that. The C library reads these at start-up, hence the second start.
+MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "1073741824",
+    "MALLOC_TOP_PAD_": "134217728",
+}
+
+
+def keep_freed_memory() -> None:
+    """Start this program again with an allocator that keeps freed memory, unless it has one."""
+    if os.environ.get("MALLOC_TOP_PAD_") != MALLOC["MALLOC_TOP_PAD_"]:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+
+
+def in_turn(
+    sides: Mapping[str, Callable[[], object]], rounds: int, group: dist.ProcessGroup | None = None
+) -> dict[str, float]:
+    """Median seconds of each side, measured A B C A B C ... after two rounds of warm-up.
+
+    With a group, the ranks start each measurement together, so that a side that does not communicate is slowed by its
+    neighbours as much as one that does; the time is the mean over ranks of the medians.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 2):
+        for name, side in sides.items():
+            if group is not None:
+                dist.barrier(group)
+            started = time.perf_counter()
+            side()
+            if turn >= 2:
+                times[name].append(time.perf_counter() - started)
+    medians = torch.tensor([statistics.median(values) for values in times.values()], dtype=torch.float64)
+    if group is not None:
+        dist.all_reduce(medians, group=group)
+        medians /= group.size()
+    return dict(zip(times, medians.tolist(), strict=True))
+
+
+def machine() -> str:
+    """The processor, the cores, and the versions that numbers depend on."""
+    model = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def write_csv(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
+    """Write the rows, each with the machine, to benchmarks/results; numbers with four digits."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / name
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "machine"], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+            writer.writerow(shown | {"machine": machine()})
+    return path
