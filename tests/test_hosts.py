@@ -1,0 +1,185 @@
+"""Two hosts on one machine: network namespaces joined by a pair of virtual Ethernet devices, a torchrun in each.
+
+Whatever passes between the ranks of different hosts goes through that pair, and nothing else does: no loopback, no
+shared name resolution. Pulling the cable is setting one end down: packets vanish, and nobody is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DEADLINE = 60.0
+TIMEOUT = 5.0  # of the group whose cable is cut
+
+
+def why_not() -> str:
+    """The reason for which namespaces cannot be had here; empty if they can."""
+    if not sys.platform.startswith("linux") or shutil.which("ip") is None:
+        return "needs Linux and ip (iproute2)"
+    if os.geteuid() != 0:
+        return "needs root, to make network namespaces"
+    name = f"sbn-try-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    if made.returncode == 0:
+        entered = subprocess.run(["ip", "netns", "exec", name, "true"], capture_output=True, text=True, check=False)
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        return f"cannot enter network namespaces: {entered.stderr.strip()}" if entered.returncode else ""
+    return f"cannot make network namespaces: {made.stderr.strip()}"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A network namespace with one end of the cable."""
+
+    name: str
+    address: str
+    device: str
+
+    def ip(self, *arguments: str) -> None:
+        subprocess.run(["ip", "-n", self.name, *arguments], check=True, timeout=10)
+
+    def start(self, *command: str | Path) -> subprocess.Popen[str]:
+        """Run Python there, in a process group of its own."""
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": self.device,
+        }
+        return subprocess.Popen(
+            ["ip", "netns", "exec", self.name, sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    if reason := why_not():
+        pytest.skip(reason)
+    pair = [Host(f"sbn-{os.getpid()}-{i}", f"10.77.0.{i + 1}", f"sbn{i}") for i in range(2)]
+    try:
+        for host in pair:
+            subprocess.run(["ip", "netns", "add", host.name], check=True, timeout=10)
+        pair[0].ip("link", "add", pair[0].device, "type", "veth", "peer", pair[1].device, "netns", pair[1].name)
+        for host in pair:
+            host.ip("address", "add", f"{host.address}/24", "dev", host.device)
+            host.ip("link", "set", "lo", "up")
+            host.ip("link", "set", host.device, "up")
+        yield pair
+    finally:
+        for host in pair:  # the cable goes with them
+            subprocess.run(["ip", "netns", "del", host.name], capture_output=True, check=False, timeout=10)
+
+
+@contextlib.contextmanager
+def torchruns(hosts: list[Host], ranks: int, *command: str | Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """The launcher on each host, as its recipe starts it. None of its processes outlives the block."""
+    agents = []
+    try:
+        for host in hosts:
+            # The address of neither host is that of its name, by which torchrun would know where the store is.
+            meeting = f"is_host={int(host is hosts[0])}"
+            options = ["-n", str(ranks), "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "hosts"]
+            options += ["--rdzv-endpoint", f"{hosts[0].address}:29400", "--local-addr", host.address]
+            options += ["--rdzv-conf", meeting]
+            agents.append(host.start("-m", "syncbn.launch", *options, *command))
+        yield agents
+    finally:
+        for agent in agents:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)  # ranks die with their agent
+            agent.communicate()
+
+
+@pytest.mark.netns
+@pytest.mark.integration
+def test_two_hosts_train_like_one_process(hosts: list[Host]) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra: examples)")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: examples)")
+    pytest.importorskip("tqdm", reason="tqdm is not installed (extra: examples)")
+    with torchruns(hosts, 2, ROOT / "examples" / "equivalence.py", "--steps", "40") as agents:
+        ends = [agent.communicate(timeout=DEADLINE) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], ends
+    out = "".join(out for out, _ in ends)
+    assert "4 ranks against one process" in out
+    rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| float")]
+    assert len(rows) == 6 and all(row[-1].strip() == "yes" for row in rows), out
+    assert sum(row[1].strip() == "SyncBN" for row in rows) == 4
+
+
+TRAINING = """
+import datetime, json, os, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+import syncbn
+
+folder, timeout = Path(sys.argv[1]), float(sys.argv[2])
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+group = dist.new_group(timeout=datetime.timedelta(seconds=timeout))
+torch.manual_seed(0)
+layers = [torch.nn.Linear(8, 16), syncbn.SyncBatchNorm(16, process_group=group), torch.nn.ReLU()]
+layers += [torch.nn.Linear(16, 16), syncbn.SyncBatchNorm(16, process_group=group)]
+net = torch.nn.Sequential(*layers)
+for step in range(1_000_000):
+    try:
+        net(torch.randn(4, 8)).square().mean().backward()
+    except syncbn.PeerLostError as error:
+        record = {"at": time.monotonic(), "steps": step, "message": str(error), "host": os.environ["GROUP_RANK"]}
+        (folder / f"lost-{rank}.tmp").write_text(json.dumps(record))
+        (folder / f"lost-{rank}.tmp").rename(folder / f"lost-{rank}")
+        time.sleep(3)  # the agent ends the other rank of its host as soon as one has failed
+        os._exit(7)
+    if step == 20:
+        (folder / f"training-{rank}").touch()
+"""
+
+
+def await_files(folder: Path, pattern: str, count: int, seconds: float, agents: list[subprocess.Popen[str]]) -> None:
+    end = time.monotonic() + seconds
+    while len(list(folder.glob(pattern))) < count:
+        assert time.monotonic() < end, f"{sorted(path.name for path in folder.iterdir())} after {seconds} s"
+        assert all(agent.poll() is None for agent in agents), [agent.communicate() for agent in agents]
+        time.sleep(0.02)
+
+
+@pytest.mark.netns
+@pytest.mark.integration
+@pytest.mark.parametrize("end", [0, 1])
+def test_a_cut_cable_is_a_lost_peer_on_every_rank(hosts: list[Host], tmp_path: Path, end: int) -> None:
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING)
+    with torchruns(hosts, 2, script, tmp_path, str(TIMEOUT)) as agents:
+        await_files(tmp_path, "training-?", 4, DEADLINE, agents)
+        assert not list(tmp_path.glob("lost-*"))
+        hosts[end].ip("link", "set", hosts[end].device, "down")
+        cut = time.monotonic()
+        await_files(tmp_path, "lost-?", 4, TIMEOUT + 5, agents)
+        hosts[end].ip("link", "set", hosts[end].device, "up")  # the agents have a store to say goodbye to
+        errors = [agent.communicate(timeout=DEADLINE)[1] for agent in agents]
+    lost = [json.loads((tmp_path / f"lost-{rank}").read_text()) for rank in range(4)]
+    assert sorted(record["host"] for record in lost) == ["0", "0", "1", "1"]
+    for record in lost:
+        assert TIMEOUT - 1 < record["at"] - cut < TIMEOUT + 1, lost
+        assert "lost a peer after" in record["message"], lost
+    assert [agent.returncode for agent in agents] == [1, 1], errors
+    for text in errors:
+        assert "exitcode  : 7" in text and "exitcode  : -6" not in text, text
