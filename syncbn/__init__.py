@@ -1,6 +1,6 @@
 """Synchronized batch normalization: every rank normalizes with the statistics of the global mini-batch."""
 
-from syncbn import functional
+from syncbn import functional, steps, uneven
 from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.header import PeerLostError, RankMismatchError
 from syncbn.manifest import check_ranks_agree
@@ -14,4 +14,6 @@ __all__ = [
     "convert_sync_batchnorm",
     "functional",
     "revert_sync_batchnorm",
+    "steps",
+    "uneven",
 ]

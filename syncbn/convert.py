@@ -20,7 +20,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from syncbn import functional
-from syncbn.comm import GroupHandle, link, must_synchronize, must_synchronize_compiled
+from syncbn.comm import link, must_synchronize, must_synchronize_compiled
+from syncbn.groups import GroupHandle
 from syncbn.modules import SyncBatchNorm
 from syncbn.moments import Moments, update_running_stats
 from syncbn.recompute import recomputing

@@ -13,6 +13,7 @@ from torch import Tensor
 from syncbn import autograd, comm, header, traced
 from syncbn.autograd import GlobalMomentsFunction, Plan
 from syncbn.comm import Link
+from syncbn.groups import resolve_group
 from syncbn.header import Call, PeerLostError
 from syncbn.moments import Moments, update_running_stats
 from syncbn.recompute import unseen
@@ -87,7 +88,7 @@ def sync_batch_norm(
         residual,
         training=training,
         eps=eps,
-        group=comm.resolve_group(process_group),
+        group=resolve_group(process_group),
         activation=activation,
         remember=remember,
         local_momentum=momentum,
@@ -122,7 +123,7 @@ def global_moments(input: Tensor, *, process_group: Any = None) -> tuple[Tensor,
     >>> count.item(), mean.item(), var.item()
     (2.0, 2.0, 1.0)
     """
-    group = comm.resolve_group(process_group)
+    group = resolve_group(process_group)
     link = comm.link(group, input.device)
     flags = header.INPUT_GRAD if torch.is_grad_enabled() and input.requires_grad else 0
     error = _input_error(input, None)

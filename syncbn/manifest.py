@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn import comm
+from syncbn import groups
 from syncbn.convert import layer_name
 from syncbn.header import RankMismatchError
 from syncbn.modules import SyncBatchNorm
@@ -38,7 +38,7 @@ def check_ranks_agree(model: nn.Module, process_group: Any = None) -> None:
         Two all_gathers on the group (sizes, then the lists); none where there is no group.
     """
     mine = _manifest(model)
-    group = comm.resolve_group(process_group)
+    group = groups.resolve_group(process_group)
     if group is None or group.size() == 1:
         return
     every = _gather([json.dumps(line) for line in mine], group)
@@ -51,7 +51,7 @@ def check_ranks_agree(model: nn.Module, process_group: Any = None) -> None:
             told = "; ".join(f"rank {', '.join(map(str, ranks))}: {line}" for line, ranks in sides.items())
             raise RankMismatchError(
                 f"the synchronized layers differ between ranks, first at position {position}: {told}. "
-                f"(Compared over global ranks {comm.group_ranks(group)}; the model has {len(mine)} synchronized "
+                f"(Compared over global ranks {groups.group_ranks(group)}; the model has {len(mine)} synchronized "
                 "layers here.) Build the same model, in the same mode, on every rank."
             )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import functional
-from syncbn.comm import GroupHandle
+from syncbn.groups import GroupHandle
 from syncbn.moments import Moments, update_running_stats
 from syncbn.recompute import recomputing
 

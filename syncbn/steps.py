@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from syncbn import comm
+from syncbn import comm, groups
 from syncbn.header import VOTE, Call, RankMismatchError
 
 
@@ -61,7 +61,7 @@ def vote(ok: bool, reason: str = "", *, process_group: Any = None, device: torch
     >>> vote(True)
     True
     """
-    group = comm.resolve_group(process_group)
+    group = groups.resolve_group(process_group)
     where = group_device(group, device)
     link = comm.link(group, where)
     if link is None:

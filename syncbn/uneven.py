@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from syncbn import comm
+from syncbn import comm, groups
 from syncbn.comm import Link
 from syncbn.header import COUNT, Call
 from syncbn.steps import group_device
@@ -127,7 +127,7 @@ def joined(
     >>> [(step.count, step.total, step.scale) for step in joined([torch.ones(2, 3), torch.ones(1, 3)])]
     [(2, 2, 0.5), (1, 1, 1.0)]
     """
-    group = comm.resolve_group(process_group)
+    group = groups.resolve_group(process_group)
     where = group_device(group, device)
     link = comm.link(group, where)
     world_size = 1 if link is None else link.size

@@ -19,7 +19,7 @@ from ranks import outcomes, run_ranks
 from torch import Tensor
 
 import syncbn
-from syncbn import RankMismatchError, SyncBatchNorm, comm, header
+from syncbn import RankMismatchError, SyncBatchNorm, comm, groups, header
 from syncbn.header import Call
 
 C = 3
@@ -39,14 +39,14 @@ def world_of_four() -> Iterator[None]:
 
 
 def test_no_group_when_not_initialized() -> None:
-    assert comm.resolve_group(None) is None
+    assert groups.resolve_group(None) is None
     assert SyncBatchNorm(C).process_group is None
 
 
 @pytest.mark.usefixtures("world_of_four")
 def test_default_group() -> None:
-    assert comm.resolve_group(None) is dist.group.WORLD
-    assert comm.resolve_group(dist.group.WORLD) is dist.group.WORLD
+    assert groups.resolve_group(None) is dist.group.WORLD
+    assert groups.resolve_group(dist.group.WORLD) is dist.group.WORLD
 
 
 def test_the_default_group_is_that_of_the_forward(request: pytest.FixtureRequest) -> None:
@@ -59,11 +59,11 @@ def test_the_default_group_is_that_of_the_forward(request: pytest.FixtureRequest
 @pytest.mark.usefixtures("world_of_four")
 def test_groups_that_this_rank_is_in_or_not() -> None:
     group = dist.new_group([0, 2])
-    assert comm.resolve_group(group) is group
-    assert comm.group_ranks(group) == [0, 2]
+    assert groups.resolve_group(group) is group
+    assert groups.group_ranks(group) == [0, 2]
     other = dist.new_group([1, 2])
     with pytest.raises(ValueError, match=r"not a member.*new_subgroups"):
-        comm.resolve_group(other)
+        groups.resolve_group(other)
     with pytest.raises(ValueError, match="not a member"):
         SyncBatchNorm(C, process_group=other)
     with pytest.raises(ValueError, match="not a member"):
@@ -75,26 +75,26 @@ def test_device_meshes() -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     line = init_device_mesh("cpu", (4,))
-    assert comm.resolve_group(line) is line.get_group()
+    assert groups.resolve_group(line) is line.get_group()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    assert comm.group_ranks(comm.resolve_group((mesh, "shard"))) == [0, 1]
-    assert comm.group_ranks(comm.resolve_group((mesh, "replicate"))) == [0, 2]
-    assert comm.group_ranks(comm.resolve_group((mesh, 0))) == [0, 2]
-    assert comm.group_ranks(comm.resolve_group((mesh, -1))) == [0, 1]
-    assert comm.group_ranks(comm.resolve_group(mesh["shard"])) == [0, 1]
+    assert groups.group_ranks(groups.resolve_group((mesh, "shard"))) == [0, 1]
+    assert groups.group_ranks(groups.resolve_group((mesh, "replicate"))) == [0, 2]
+    assert groups.group_ranks(groups.resolve_group((mesh, 0))) == [0, 2]
+    assert groups.group_ranks(groups.resolve_group((mesh, -1))) == [0, 1]
+    assert groups.group_ranks(groups.resolve_group(mesh["shard"])) == [0, 1]
     with pytest.raises(ValueError, match=r"2 dimensions.*replicate.*shard.*\(mesh, dim\)"):
-        comm.resolve_group(mesh)
+        groups.resolve_group(mesh)
     with pytest.raises(ValueError, match=r"no dimension 'tensor'.*replicate"):
-        comm.resolve_group((mesh, "tensor"))
+        groups.resolve_group((mesh, "tensor"))
     for dim in (2, -3):
         with pytest.raises(ValueError, match=f"dimension {dim} is out of range"):
-            comm.resolve_group((mesh, dim))
+            groups.resolve_group((mesh, dim))
 
 
 @pytest.mark.parametrize("wrong", ["world", 3, [0, 1], (1, 2), object(), torch.device("cpu"), True], ids=str)
 def test_things_that_are_no_group(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"process_group must be None.*got") as caught:
-        comm.resolve_group(wrong)
+        groups.resolve_group(wrong)
     assert type(wrong).__name__ in str(caught.value)
 
 
@@ -103,7 +103,7 @@ def test_a_mesh_with_a_dimension_of_the_wrong_type() -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     with pytest.raises((TypeError, ValueError), match="dim"):
-        comm.resolve_group((init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), 1.5))
+        groups.resolve_group((init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), 1.5))
 
 
 # ---- groups in pickles

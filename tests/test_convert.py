@@ -18,7 +18,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from syncbn import RankMismatchError, SyncBatchNorm, comm, convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn import RankMismatchError, SyncBatchNorm, comm, convert_sync_batchnorm, groups, revert_sync_batchnorm
 
 C = 3
 PLAIN: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (), nn.BatchNorm2d: (4, 4), nn.BatchNorm3d: (2, 2, 2)}
@@ -611,7 +611,7 @@ def test_copies(way: str, kind: str) -> None:
             assert again[0] is not model[0]
             assert again[0].layer_name == model[0].layer_name
             # (that another group of the same ranks is found instead of this one makes no difference)
-            assert comm.group_ranks(again[0].process_group) == [0]
+            assert groups.group_ranks(again[0].process_group) == [0]
             assert again[0]._group.resolve() is not None
             close(again(x), model(x), 0, 0, "y")
             for name, value in model.state_dict().items():

@@ -18,7 +18,8 @@ PACKAGE = Path(syncbn.__file__).parent
 # From the ground up: a module imports only from the floors below it (and a package within itself).
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("header", "moments", "recompute", "kernels", "mpi", "launch", "_check", "_worker"),
-    ("comm", "traced"),
+    ("groups", "traced"),
+    ("comm",),
     ("autograd", "steps"),
     ("functional", "uneven"),
     ("modules",),
