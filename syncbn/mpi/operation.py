@@ -30,7 +30,8 @@ NO_TIMEOUT = timedelta(0)
 _SPINS = 100 if MPI.COMM_WORLD.Get_size() <= (os.cpu_count() or 1) else 1
 _SLEEP_AFTER = 5e-3  # seconds of waiting, after which a wait sleeps between tests: 2 % of the time waited so far
 _LONGEST_SLEEP = 1e-3
-_DRIVE_INTERVAL = 50e-6
+_DRIVE_INTERVAL = 50e-6  # seconds between the driving thread's tests
+_LAST_WORDS = 0.3  # seconds before MPI_Abort: mpiexec drops what it has not forwarded of a rank's output by then
 
 lost: list[str] = []
 """Why groups of this process are dead."""
@@ -283,4 +284,5 @@ def _at_exit() -> None:
         print(f"syncbn.mpi: this exit ends all ranks (MPI_Abort), because {lost[0]}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(_LAST_WORDS)
         MPI.COMM_WORLD.Abort(1)

@@ -143,7 +143,9 @@ def alone() -> None:
 
 
 def other_ranks() -> None:
-    dist.init_process_group("mpi4py", store=dist.HashStore(), rank=1 - rank, world_size=2)
+    """Ranks that another launcher numbered in its own way."""
+    arguments = {"store": dist.HashStore(), "rank": 1 - rank, "world_size": 2}
+    expect("RANK and WORLD_SIZE must be MPI's", lambda: dist.init_process_group("mpi4py", **arguments))
 
 
 if __name__ == "__main__":
