@@ -115,7 +115,7 @@ def test_two_hosts_train_like_one_process(hosts: list[Host]) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra: examples)")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: examples)")
     pytest.importorskip("tqdm", reason="tqdm is not installed (extra: examples)")
-    with torchruns(hosts, 2, ROOT / "examples" / "equivalence.py", "--steps", "40") as agents:
+    with torchruns(hosts, 2, ROOT / "examples" / "equivalence.py", "--steps", "20") as agents:
         ends = [agent.communicate(timeout=DEADLINE) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], ends
     out = "".join(out for out, _ in ends)
