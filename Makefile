@@ -66,10 +66,19 @@ fuzz: $(STAMP) ## the long random search for hangs, aborts and wrong numbers
 soak: $(STAMP) ## ten thousand steps: memory flat, statistics equal
 	$(BIN)/python -m pytest -m slow -k soak --timeout 3600 $(PYTEST_FLAGS)
 
-bench: $(STAMP) ## run every benchmark in benchmarks/, one after the other
-	@for script in benchmarks/*.py; do \
-	    echo "== $$script"; $(BIN)/python "$$script" || exit 1; \
-	done
+bench: $(STAMP) ## all benchmarks on 2 ranks, gloo and MPI, into benchmarks/results
+	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/layer.py --backend mpi4py
+	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/layer.py --backend mpi4py --shapes resnet50 --rounds 9
+	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/layer.py --backend mpi4py --shapes unet --rounds 9
+	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/layer.py --backend mpi4py --shapes mlp --rounds 9
+	$(BIN)/python benchmarks/layer.py --threads 2
+	$(BIN)/python benchmarks/compiled.py
+	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/step.py --backend mpi4py
+	$(BIN)/python -m syncbn.launch -n 2 benchmarks/step.py --backend gloo
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/checks.py
+	$(BIN)/python benchmarks/kernels.py
 
 experiments: $(STAMP) ## the full sweep behind the numbers in the README, into examples/results
 	$(BIN)/python -m syncbn.launch -n 4 examples/small_batch.py --full --out examples/results/small_batch

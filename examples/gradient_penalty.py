@@ -16,6 +16,7 @@ near 1.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 
 import torch
@@ -88,6 +89,8 @@ def main() -> None:
             if rank == 0:
                 print(f"step {step + 1:4d}   distance {distance_now:9.6f}   gradient norm {norm:.6f}", flush=True)
     if size > 1:
+        del net, adam, loss
+        gc.collect()  # DistributedDataParallel must go before its group
         dist.destroy_process_group()
 
 

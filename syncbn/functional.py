@@ -216,15 +216,16 @@ def _local_training(
             count = torch.full((), input.numel() / input.shape[1], dtype=torch.float64, device=input.device)
             remember(Moments(count, mean.double(), var.double() * (count - 1.0)))
         return y
+    # On copies: torch saves the statistics for its backward, and they must not change after that.
     with unseen():
-        before = running_mean.clone(), running_var.clone()
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+        moved = running_mean.clone(), running_var.clone()
+    y = F.batch_norm(input, *moved, weight, bias, True, momentum, eps)
     with unseen():
         may_read = input.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not may_read or not math.isfinite(torch.add(running_mean, running_var).sum().item()):
-            finite = torch.isfinite(running_mean) & torch.isfinite(running_var)
-            for running, old in zip((running_mean, running_var), before, strict=True):
-                running.copy_(torch.where(finite, running, old))
+        all_finite = may_read and math.isfinite(torch.add(*moved).sum().item())
+        finite = None if all_finite else torch.isfinite(moved[0]) & torch.isfinite(moved[1])
+        for running, new in zip((running_mean, running_var), moved, strict=True):
+            running.copy_(new if finite is None else torch.where(finite, new, running))
         remember(None)
     return y
 

@@ -124,7 +124,7 @@ def _sum_over_ranks(payload: Tensor, group: dist.ProcessGroup | None, call: Call
     if group is None:
         return payload
     size = group.size()
-    t = _digest(call.kind, call.layer, call.flags)
+    t = _digest(call.kind, call.layer, call.flags, payload.shape[0])
     slots = torch.full((_HEAD,), t, dtype=payload.dtype, device=payload.device)
     slots = slots.cumprod(0)  # t, t^2
     message = torch.ops._c10d_functional.all_reduce(torch.cat([slots, payload]), "sum", group.group_name)
@@ -134,8 +134,8 @@ def _sum_over_ranks(payload: Tensor, group: dist.ProcessGroup | None, call: Call
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def _digest(kind: int, layer: str, flags: int) -> float:
-    return float(header.digest(header.encode(Call(kind, layer, flags), 0, 0)))
+def _digest(kind: int, layer: str, flags: int, width: int) -> float:
+    return float(header.digest(header.encode(Call(kind, layer, flags), width, 0)))
 
 
 def _total(values: Tensor) -> Tensor:

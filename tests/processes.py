@@ -7,6 +7,7 @@ parent has used autograd or gloo.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import time
@@ -62,6 +63,7 @@ def _rank(rank: int, size: int, folder: Path, body: Callable[..., Any], args: tu
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
         torch.save(body(rank, size, *args), folder / f"result-{rank}.pt")
+        gc.collect()  # DistributedDataParallel that outlives its group aborts or hangs now and then, in torch 2.13
         dist.destroy_process_group()
     except BaseException:
         with contextlib.suppress(OSError):

@@ -128,6 +128,22 @@ def test_options_compile(options: dict[str, Any]) -> None:
     assert_matches([result], whole_batch([x], [g], layer.weight, layer.bias), x.dtype)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_without_peers_it_is_plain_batch_norm(momentum: float | None, backend: str) -> None:
+    comm._forced = False  # (the fixture sets it back)
+    layer, plain = syncbn.SyncBatchNorm(4, momentum=momentum), nn.BatchNorm1d(4, momentum=momentum)
+    run = compiled(layer, backend)
+    x, g = torch.randn(5, 4), torch.randn(5, 4)
+    for _ in range(2):
+        ours, theirs = step(run, x, g), step(plain, x, g)
+        torch.testing.assert_close(ours["y"], theirs["y"])
+        torch.testing.assert_close(ours["dx"], theirs["dx"])
+    torch.testing.assert_close(layer.running_mean, plain.running_mean)
+    torch.testing.assert_close(layer.running_var, plain.running_var)
+    assert layer.num_batches_tracked == 2
+
+
 def test_eval_uses_running_statistics() -> None:
     layer = affine_layer(4).eval()
     x = torch.randn(5, 4, 3)
