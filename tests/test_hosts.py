@@ -183,3 +183,59 @@ def test_a_cut_cable_is_a_lost_peer_on_every_rank(hosts: list[Host], tmp_path: P
     assert [agent.returncode for agent in agents] == [1, 1], errors
     for text in errors:
         assert "exitcode  : 7" in text and "exitcode  : -6" not in text, text
+
+
+# What MPICH's mpiexec calls instead of ssh: [-x] host command. A name of its own makes it a host of its own for MPI,
+# and a name that is an address needs no resolver.
+ENTER = """#!/bin/sh
+[ "$1" = -x ] && shift
+host=$1; shift
+case $host in {cases} esac
+exec ip netns exec $name unshare --uts sh -c "hostname $host; exec $*"
+"""
+
+OVER_MPI = """
+import os, socket
+import torch, torch.distributed as dist
+import syncbn, syncbn.mpi
+
+dist.init_process_group("mpi4py")
+rank, world = dist.get_rank(), dist.get_world_size()
+xs = [torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(world)]
+layer, alone = syncbn.SyncBatchNorm(5).double(), torch.nn.BatchNorm1d(5).double()
+for _ in range(20):
+    torch.testing.assert_close(layer(xs[rank]), alone(torch.cat(xs))[3 * rank :][:3], rtol=1e-12, atol=1e-12)
+torch.testing.assert_close(layer.running_var, alone.running_var, rtol=1e-12, atol=1e-12)
+devices = ",".join(name for _, name in socket.if_nameindex())
+print("rank", rank, "of", world, "local", os.environ["LOCAL_RANK"], "devices", devices, flush=True)
+"""
+
+
+@pytest.mark.netns
+@pytest.mark.mpi
+@pytest.mark.integration
+def test_two_hosts_over_mpi(hosts: list[Host], tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed (extra: mpi)")
+    beside = Path(sys.executable).with_name("mpiexec")
+    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if mpiexec is None or shutil.which("unshare") is None or shutil.which("hostname") is None:
+        pytest.skip("needs mpiexec, unshare and hostname")
+    version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False, timeout=30).stdout
+    if "HYDRA" not in version:
+        pytest.skip("needs MPICH's mpiexec, whose way to another host can be replaced by a script")
+    script, enter = tmp_path / "over_mpi.py", tmp_path / "enter"
+    script.write_text(OVER_MPI)
+    enter.write_text(ENTER.format(cases=" ".join(f"{host.address}) name={host.name};;" for host in hosts)))
+    enter.chmod(0o755)
+    options = ["--engine", "mpi", "-n", "4", "-hosts", ",".join(host.address for host in hosts), "-ppn", "2"]
+    options += ["-launcher", "ssh", "-launcher-exec", str(enter), "-localhost", hosts[0].address]
+    job = hosts[0].start("-m", "syncbn.launch", *options, script)
+    try:
+        out, err = job.communicate(timeout=DEADLINE)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
+    assert job.returncode == 0, err
+    seen = sorted(line for line in out.splitlines() if line.startswith("rank"))
+    assert seen == [f"rank {r} of 4 local {r % 2} devices lo,{hosts[r // 2].device}" for r in range(4)], out
