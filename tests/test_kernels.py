@@ -397,3 +397,29 @@ def test_nothing_is_read_back_to_the_host(layout, dtype):
         fake = {name: mode.from_tensor(tensor) for name, tensor in e.items()}
         for name, call in calls(fake).items():
             assert isinstance(call(), torch._subclasses.FakeTensor), name
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["rows", "columns"])
+@pytest.mark.parametrize("far", [0, 1, 3, 5, 12])
+def test_channels_far_from_zero_beside_channels_near_it(layout: torch.memory_format, far: int) -> None:
+    """Statistics in one read for the near ones, about a pivot for the others; some channels constant."""
+    x = torch.randn(4, 12, 41, 43)
+    offsets = torch.tensor([3.0, -1e3, 1e5, 20.0, 7.0, 1e4, -50.0, 2.0, 1.5, -300.0, 11.0, 1e2])
+    x[:, :far] += offsets[:far].view(-1, 1, 1)
+    x[:, 11] = 4.25
+    x = x.contiguous(memory_format=layout)
+    exact = reference.moments(x)
+    ours = aten.moments(x)
+    var, expected = ours[13:] / ours[0], exact[13:] / exact[0]
+    torch.testing.assert_close(var[:11], expected[:11], rtol=2e-5, atol=0)
+    assert var[11] <= 1e-12
+    torch.testing.assert_close(ours[1:13], exact[1:13], rtol=1e-6, atol=1e-6)
+    invstd = (expected + 1e-5).rsqrt()
+    y = aten.normalize(x, exact[1:13], invstd, None, None)
+    wanted = reference.normalize(x.double(), exact[1:13], invstd, None, None)
+    assert (y - wanted).abs().max() <= 2e-6
+    broken = x.clone(memory_format=torch.preserve_format)
+    broken[2, 7, 3, 3] = float("nan")
+    values = aten.moments(broken)
+    assert values[13 + 7].isnan()
+    assert not values[13 : 13 + 7].isnan().any()

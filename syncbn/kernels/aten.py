@@ -3,7 +3,7 @@
 Shapes and dtypes, for all functions. Tensors like the input are `(N, C, *)`, two or more dimensions, any
 strides, possibly empty, float16, bfloat16, float32 or float64; per-channel statistics are float64 `(C,)`.
 Element-wise work is done in the *opmath* dtype: float64 for float64 input, else float32. Nothing here reads a
-value back to the host, and for a given shape, layout and number of threads the results are deterministic.
+value back from a device, and for a given shape, layout and number of threads the results are deterministic.
 
 Two layouts are worked on without a copy. *Columns*: channels are innermost in memory (2-D input,
 channels_last, pooled maps), seen as a matrix (elements, C). *Rows*: the default layout, seen as a matrix
@@ -15,12 +15,14 @@ Why these operations (`benchmarks/kernels.py` prints the candidates with their e
 
 * Every element is centred in opmath, `d = x - pivot`, with the pivot rounded to opmath and its remainder
   folded into per-channel float64 vectors. The output is then off by 7e-7; `alpha * x + beta`, which evaluation
-  mode and an `addcmul` compute in half the time, by 1e-4.
+  mode and an `addcmul` compute in half the time, by 1e-4. Where all means are within `_NEAR` standard deviations
+  of zero, centring gains no digits; on a CPU, where looking is cheap, it is then left out, and one pass with it.
 * Two sums in one read come from `native_batch_norm_backward` in evaluation mode with unit variance, which
   returns `(sum a * (b - pivot), sum a)`, vectorized in both layouts. For the statistics both operands are a
   slice of d. Reading x itself instead saves the slice and loses the variance (16 % off, and more for columns).
   PyTorch's own statistics are a scalar loop for rows, and for columns sum whole columns in float32: quick, but
-  their variance is off by 2e-5 here, and in proportion to (mean / std)^2; the slices of d stay at 3e-7.
+  their variance is off by 2e-5 here, and in proportion to (mean / std)^2; the slices of d stay at 3e-7. On a
+  CPU x itself is read first, about zero; channels with |mean| > std are then done again about a pivot.
 * Its float32 partial sums run over at most a slice and at most `_MAX_RUN` positions; these add up in float64.
 * Broadcast operands that are constant along the inner dimension are vectorized only one at a time, hence
   `mul_` and `add_` for rows where columns take one `addcmul`.
@@ -45,6 +47,8 @@ _SLICE_BYTES = 1 << 21
 _MAX_RUN = 1 << 12
 # Rows of narrow columns are joined to about this many values: shorter sums, and longer vectorized loops.
 _WIDTH = 512
+# Up to this many standard deviations off zero, an output that is not centred first is as exact as one that is.
+_NEAR = 2.0
 # Up to this many elements, the fewest calls win over the fewest bytes.
 _SMALL = 1 << 16
 
@@ -72,7 +76,7 @@ def moments(x: Tensor, *, raw: bool = False) -> Tensor:
     count = x.numel() // x.shape[1]
     if x.numel() <= _SMALL and x.dtype is not torch.float64:
         return _small_moments(x, count, raw)
-    pivot, total, square = _centred_sums(x)
+    pivot, total, square = _sums_near_zero(x, count) or _centred_sums(x, True)
     shifted = torch.add(total, pivot, alpha=count)
     if raw:
         first, second = shifted, square.addcmul(pivot, total + shifted)
@@ -167,13 +171,13 @@ def _write_output(
     """Write into out the (rectified) output, or if given `grad`, masked by the sign of the output."""
     opmath = _opmath(x)
     scale = invstd if weight is None else invstd * weight
-    pivot = mean.to(opmath)
+    near = _is_near(x, mean, invstd)
+    pivot = torch.zeros_like(mean, dtype=opmath) if near else mean.to(opmath)
     shift = (pivot - mean) * scale if bias is None else torch.addcmul(bias, pivot - mean, scale)
     operands = [x, out, *(t for t in (residual, grad) if t is not None)]
     for piece, target, *extra, p, a, b in _pieces(operands, (pivot, scale.to(opmath), shift.to(opmath))):
         y = target if x.dtype is opmath else torch.empty_like(piece, dtype=opmath)
-        torch.sub(piece, p, out=y)
-        _scale_and_shift(y, a, b)
+        _scale_and_shift(piece if near else torch.sub(piece, p, out=y), a, b, y)
         if residual is not None:
             y += extra[0]
         if relu:
@@ -280,27 +284,49 @@ def input_gradient(
         return dx
     opmath, channels = _opmath(x), x.shape[1]
     means = sums / count.clamp(min=1)
-    pivot = mean.to(opmath)
+    near = _is_near(x, mean, invstd) and grad.dtype is opmath
+    pivot = torch.zeros_like(mean, dtype=opmath) if near else mean.to(opmath)
     scale = invstd if weight is None else invstd * weight
     slope = means[channels:] * invstd
     shift = torch.addcmul(means[:channels], slope, pivot - mean).mul_(scale).neg_()
     vectors = (pivot, slope.to(opmath), scale.to(opmath), shift.to(opmath))
     for piece, out, g, p, k, a, b in _pieces((x, dx, grad), vectors):
         d = out if x.dtype is opmath else torch.empty_like(piece, dtype=opmath)
-        torch.sub(piece, p, out=d)
-        torch.addcmul(g.to(opmath), d, k, value=-1, out=d)
-        _scale_and_shift(d, a, b)
+        centred = piece if near else torch.sub(piece, p, out=d)
+        torch.addcmul(g.to(opmath), centred, k, value=-1, out=d)
+        _scale_and_shift(d, a, b, d)
         if d is not out:
             out.copy_(d)
     return dx
 
 
-def _centred_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`(pivot, sum d, sum d^2)` in float64 for `d = x - pivot`."""
+def _sums_near_zero(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`_centred_sums` in one read and without a temporary, where most channels allow it; else None.
+
+    About a pivot of zero the variance is off by `1 + (mean / std)^2` times the error of a sum: so it is for channels
+    with `|mean| <= std`, and the others, few or none behind a convolution, are done again about a pivot of their own.
+    Which they are is read back, so this is for a CPU.
+    """
+    if not _may_read(x) or x.dtype is not _opmath(x):
+        return None
+    pivot, total, square = _centred_sums(x, False)
+    far = (total * total <= (square * count).addcmul_(total, total, value=-1)).logical_not_()
+    number = int(far.sum())
+    if number > x.shape[1] // 4:
+        return None
+    if number > 0:
+        index = far.nonzero().squeeze(1)
+        for values, again in zip((pivot, total, square), _centred_sums(x.index_select(1, index), True), strict=True):
+            values[index] = again
+    return pivot, total, square
+
+
+def _centred_sums(x: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`(pivot, sum d, sum d^2)` in float64 for `d = x - pivot`; the pivot is zero unless `centred`."""
     x, columns = _canonical(x)
     channels, opmath = x.shape[1], _opmath(x)
     matrix = _matrix(x, columns)
-    pivot = _rough_mean(matrix, channels, columns)
+    pivot = _rough_mean(matrix, channels, columns) if centred else matrix.new_zeros(channels)
     parts = 1 if columns else _equal_parts(matrix.shape[1])
     if columns:
         blocks = _blocks(matrix, columns, channels)
@@ -311,16 +337,15 @@ def _centred_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     about = pivot if parts == 1 else pivot.repeat_interleave(parts)
     squares, totals = [], []
     for block in blocks:
-        step = min(_rows_per_slice(block), len(block))
-        buffer = block.new_empty((step, block.shape[1]), dtype=opmath)
-        zero = buffer.new_zeros(block.shape[1] if columns else step)
+        # Rows that need no temporary need no slices.
+        step = len(block) if not centred and not columns else min(_rows_per_slice(block), len(block))
+        buffer = block.new_empty((step, block.shape[1]), dtype=opmath) if centred else block
+        zero = about.new_zeros(block.shape[1] if columns else step)
         one = torch.ones_like(zero)
         for piece, p in zip(_cut(block, step), _spread(about, block, step, columns), strict=False):
-            if len(piece) < step:
-                buffer = buffer[: len(piece)]
-                zero, one = (zero, one) if columns else (zero[: len(piece)], one[: len(piece)])
-            d = torch.sub(piece, p, out=buffer)
-            square, total = _two_sums(d, d, zero, one, columns)
+            width = block.shape[1] if columns else len(piece)
+            d = torch.sub(piece, p, out=buffer[: len(piece)]) if centred else piece
+            square, total = _two_sums(d, d, zero[:width], one[:width], columns)
             squares.append(square)
             totals.append(total)
     sums = _add_up(totals, squares, channels * parts)
@@ -361,12 +386,24 @@ def _add_up(first: list[Tensor], second: list[Tensor], channels: int) -> Tensor:
     return torch.cat(first + second).view(2, -1, channels).sum(1, dtype=torch.float64)
 
 
-def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """`y <- y * scale + shift`, in place; the faster of two ways, which depends on the layout alone."""
-    if y.stride(-1) == 1 and scale.dim() > 1 and scale.shape[-1] == 1:
-        y.mul_(scale).add_(shift)
+def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """`out <- x * scale + shift`, where out may be x; the faster of two ways, which depends on the layout alone."""
+    if out.stride(-1) == 1 and scale.dim() > 1 and scale.shape[-1] == 1:
+        torch.mul(x, scale, out=out).add_(shift)
     else:
-        torch.addcmul(shift, y, scale, out=y)
+        torch.addcmul(shift, x, scale, out=out)
+
+
+def _may_read(x: Tensor) -> bool:
+    """Whether reading a value is cheap and possible: on a CPU, and not while shapes alone are traced."""
+    return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
+
+
+def _is_near(x: Tensor, mean: Tensor, invstd: Tensor) -> bool:
+    """Whether all means are within `_NEAR` standard deviations of zero, so that centring would gain no digits."""
+    if x.numel() <= _SMALL or not _may_read(x) or x.dtype is not _opmath(x):
+        return False  # a small input is centred in less time than this takes
+    return bool((mean * invstd).abs_().max() <= _NEAR)
 
 
 def _opmath(x: Tensor) -> torch.dtype:
