@@ -39,8 +39,8 @@ from syncbn.header import Call, PeerLostError, RankMismatchError
 ONE_HOP_LIMIT = 32
 """World size above which gloo groups use one all-reduce instead of a message to every peer.
 
-Not a point where the all-reduce is quicker: measured up to 32 ranks, it takes 1.9 (W = 2) to 4.1 times (W = 32) as long.
-The limit bounds the receive buffers, 131 kB a peer, and how many peers send to a rank at once (docs/transports.md).
+Not where the all-reduce gets quicker: measured up to 32 ranks, it takes 1.9 (W = 2) to 4.1 times (W = 32) as long. The
+limit bounds the receive buffers, 131 kB a peer, and how many peers send to a rank at once (docs/transports.md).
 """
 
 TAG = 0x53424E
