@@ -195,7 +195,8 @@ exec ip netns exec $name unshare --uts sh -c "hostname $host; exec $*"
 """
 
 OVER_MPI = """
-import os, socket
+import os, socket, sys
+from pathlib import Path
 import torch, torch.distributed as dist
 import syncbn, syncbn.mpi
 
@@ -207,7 +208,8 @@ for _ in range(20):
     torch.testing.assert_close(layer(xs[rank]), alone(torch.cat(xs))[3 * rank :][:3], rtol=1e-12, atol=1e-12)
 torch.testing.assert_close(layer.running_var, alone.running_var, rtol=1e-12, atol=1e-12)
 devices = ",".join(name for _, name in socket.if_nameindex())
-print("rank", rank, "of", world, "local", os.environ["LOCAL_RANK"], "devices", devices, flush=True)
+seen = f"rank {rank} of {world} local {os.environ['LOCAL_RANK']} devices {devices}"
+(Path(sys.argv[1]) / f"seen-{rank}").write_text(seen)  # lines of several ranks may mix on the way to stdout
 """
 
 
@@ -229,7 +231,7 @@ def test_two_hosts_over_mpi(hosts: list[Host], tmp_path: Path) -> None:
     enter.chmod(0o755)
     options = ["--engine", "mpi", "-n", "4", "-hosts", ",".join(host.address for host in hosts), "-ppn", "2"]
     options += ["-launcher", "ssh", "-launcher-exec", str(enter), "-localhost", hosts[0].address]
-    job = hosts[0].start("-m", "syncbn.launch", *options, script)
+    job = hosts[0].start("-m", "syncbn.launch", *options, script, tmp_path)
     try:
         out, err = job.communicate(timeout=DEADLINE)
     finally:
@@ -237,5 +239,5 @@ def test_two_hosts_over_mpi(hosts: list[Host], tmp_path: Path) -> None:
             os.killpg(job.pid, signal.SIGKILL)
         job.communicate()
     assert job.returncode == 0, err
-    seen = sorted(line for line in out.splitlines() if line.startswith("rank"))
-    assert seen == [f"rank {r} of 4 local {r % 2} devices lo,{hosts[r // 2].device}" for r in range(4)], out
+    seen = [path.read_text() for path in sorted(tmp_path.glob("seen-*"))]
+    assert seen == [f"rank {r} of 4 local {r % 2} devices lo,{hosts[r // 2].device}" for r in range(4)], out + err
