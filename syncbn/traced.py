@@ -23,7 +23,6 @@ from syncbn import header
 from syncbn.header import Call
 from syncbn.moments import Moments, unpack_raw
 
-_SHORT = 1 << 16  # values of a channel up to which one sum in the compute dtype is as good as two
 _HEAD = 2  # slots t and t^2 in front of the payload: see header.digest
 
 
@@ -132,20 +131,6 @@ def _sum_over_ranks(payload: Tensor, group: dist.ProcessGroup | None, call: Call
     message = torch.ops._c10d_functional.wait_tensor(message)
     torch._assert_async(message[1] * size == message[0] * message[0], f"ranks made different calls: {call}")
     return message[_HEAD:]
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def _digest(kind: int, layer: str, flags: int, width: int) -> float:
-    return float(header.digest(header.encode(Call(kind, layer, flags), width, 0)))
-
-
-def _total(values: Tensor) -> Tensor:
-    """Per-channel sum in float64; within short runs in the compute dtype, where a long sum would lose digits."""
-    if values.numel() // values.shape[1] <= _SHORT:
-        return values.sum(_reduced(values)).double()
-    if values.dim() > 2:
-        values = values.sum(list(range(2, values.dim())))
-    return values.sum(0, dtype=torch.float64)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
