@@ -140,8 +140,17 @@ def _meeting_point(hosts: list[str], one_host: bool) -> tuple[str, str]:
     with socket.socket() as listener:
         listener.bind(("", 0))
         port = str(listener.getsockname()[1])
-    address = "127.0.0.1" if one_host else _address_towards(next(host for host in hosts if host != hosts[0]))
-    return os.environ.get("MASTER_ADDR", address), os.environ.get("MASTER_PORT", port)
+    address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if one_host else None)
+    if address is None:
+        other = next((host for host in hosts if host != hosts[0]), None)
+        if other is None:
+            sys.exit(
+                f"syncbn-launch: MPI runs on several hosts that all call themselves {hosts[0]!r}, so where ranks are "
+                "to meet cannot be found out. Give the hosts different names, or set MASTER_ADDR to the address of "
+                "rank 0's host."
+            )
+        address = _address_towards(other)
+    return address, os.environ.get("MASTER_PORT", port)
 
 
 def _address_towards(peer: str) -> str:
