@@ -52,7 +52,7 @@ test: $(STAMP) ## run the tests that need no GPU (mpiexec included), in minutes
 lint: $(STAMP) ## check style and formatting, and the shell scripts
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/shellcheck .ci/run $(wildcard launch/*.sh)
+	$(BIN)/shellcheck .ci/run $(wildcard launch/*.sh launch/slurm.sbatch)
 
 types: $(STAMP) ## check the type annotations
 	$(BIN)/python -m mypy
@@ -74,11 +74,14 @@ bench: $(STAMP) ## all benchmarks on 2 ranks, gloo and MPI, into benchmarks/resu
 	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/layer.py --backend mpi4py --shapes mlp --rounds 9
 	$(BIN)/python benchmarks/layer.py --threads 2
 	$(BIN)/python benchmarks/compiled.py
+	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/compiled.py --backend mpi4py
 	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/step.py --backend mpi4py
 	$(BIN)/python -m syncbn.launch -n 2 benchmarks/step.py --backend gloo
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/checks.py
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/scaling.py
 
 experiments: $(STAMP) ## the full sweep behind the numbers in the README, into examples/results
 	$(BIN)/python -m syncbn.launch -n 4 examples/small_batch.py --full --out examples/results/small_batch

@@ -12,6 +12,7 @@ the first step's loss of each synchronized side is compared with syncbn's.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import warnings
 from collections.abc import Callable
@@ -150,6 +151,8 @@ def main() -> None:
             )
         layout = "-channels_last" if args.channels_last else ""
         print(f"{timing.machine()}\nwritten: {timing.write_csv(f'step-{args.backend}{layout}.csv', rows)}")
+    del sides, net, sgd, step, module
+    gc.collect()  # DistributedDataParallel must go before its group
     dist.destroy_process_group()
 
 

@@ -13,6 +13,7 @@ It needs a group whose ranks see each other's messages: gloo, up to 32 ranks. Ru
 """
 
 import argparse
+import gc
 from collections.abc import Callable
 
 import torch
@@ -107,6 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     dist.init_process_group("gloo")
     train(args.steps, args.fail_rank, args.fail_step, args.fail_in)
+    gc.collect()  # DistributedDataParallel must go before its group
     dist.destroy_process_group()
 
 

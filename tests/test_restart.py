@@ -14,7 +14,7 @@ STEPS = 12
 
 # Plain torch on purpose: what is tested is the launcher. One step per loop, a checkpoint after each.
 SCRIPT = '''
-import os, signal, sys, time
+import gc, os, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as dist
@@ -61,6 +61,8 @@ for step in range(start, STEPS):
 if rank == 0:
     torch.save(net.state_dict(), final)
     print(f"done in attempt {attempt}", flush=True)
+del model, loss
+gc.collect()  # DistributedDataParallel that outlives its group aborts or hangs now and then
 dist.destroy_process_group()
 '''
 

@@ -76,6 +76,6 @@ def test_soak(tmp_path: Path) -> None:
 def test_memory_is_measured() -> None:
     """The measure sees what a leak would be."""
     before = resident()
-    kept: Any = torch.ones(2**20)
-    assert 3.5 < resident() - before < 6.0
+    kept: Any = torch.ones(2**26)  # 256 MiB: more than the allocator could have kept of what was freed before
+    assert 250 < resident() - before < 262
     del kept

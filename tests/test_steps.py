@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,7 @@ def run_example(rank: int, world: int, folder: Path, *args: Any) -> tuple[int, d
     try:
         return example.train(*args)
     finally:
+        gc.collect()  # DistributedDataParallel that outlives its group aborts or hangs now and then
         dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def default_group(rank: int, world: int, folder: Path, timeout: float = 20.0) ->
     try:
         yield
     finally:
+        gc.collect()  # DistributedDataParallel that outlives its group aborts or hangs now and then
         dist.destroy_process_group()
 
 
