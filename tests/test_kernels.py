@@ -400,11 +400,11 @@ def test_nothing_is_read_back_to_the_host(layout, dtype):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["rows", "columns"])
-@pytest.mark.parametrize("far", [0, 1, 3, 5, 12])
+@pytest.mark.parametrize("far", [0, 1, 2, 5, 12])
 def test_channels_far_from_zero_beside_channels_near_it(layout: torch.memory_format, far: int) -> None:
-    """Statistics in one read for the near ones, about a pivot for the others; some channels constant."""
+    """Statistics in one read for the near ones, about a pivot for the others: up to a quarter of them, else for all."""
     x = torch.randn(4, 12, 41, 43)
-    offsets = torch.tensor([3.0, -1e3, 1e5, 20.0, 7.0, 1e4, -50.0, 2.0, 1.5, -300.0, 11.0, 1e2])
+    offsets = torch.tensor([1e5, -1e3, 3.0, 20.0, 7.0, 1e4, -50.0, 2.0, 1.5, -300.0, 11.0, 1e2])
     x[:, :far] += offsets[:far].view(-1, 1, 1)
     x[:, 11] = 4.25
     x = x.contiguous(memory_format=layout)
