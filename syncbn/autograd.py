@@ -57,18 +57,27 @@ class Plan:
         Raises:
             ValueError: the global batch has one value per channel; on every rank.
         """
-        raw = self.link is not None and not self.link.sees_each_rank
-        total = self._share(kernels.moments(x, raw=raw))
+        total = self.merge(kernels.moments(x, raw=self.wants_raw))
         # A global count of one is one on every rank, and then no rank has a local count above it: others never wait.
-        small = self.kind == header.FORWARD and x.numel() < 2 * x.shape[1] and not _capturing(x)
-        if small and total.n.item() == 1:
+        if x.numel() < 2 * x.shape[1]:
+            self.refuse_one(total, x)
+        return total
+
+    @property
+    def wants_raw(self) -> bool:
+        """Whether ``merge`` takes raw sums."""
+        return self.link is not None and not self.link.sees_each_rank
+
+    def refuse_one(self, total: Moments, x: Tensor) -> None:
+        """Raise ValueError if the global batch that is to be normalized has one value per channel. Reads the count."""
+        if self.kind == header.FORWARD and not _capturing(x) and total.n.item() == 1:
             raise ValueError(
                 "batch normalization needs more than 1 value per channel when training, and the global batch over "
                 f"{self.link.size if self.link else 1} rank(s) has 1; this rank's input has shape {tuple(x.shape)}"
             )
-        return total
 
-    def _share(self, packed: Tensor) -> Moments:
+    def merge(self, packed: Tensor) -> Moments:
+        """The moments of all ranks, of which ``packed`` are this rank's."""
         if self.link is None:
             return moments.look(moments.unpack(packed))
         parts = self.link.exchange(packed, Call(self.kind, self.layer, self.flags))
