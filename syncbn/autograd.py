@@ -174,8 +174,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_: Any) -> Any:
-        """Refuses: see ``_refuse_vmap``."""
-        _refuse_vmap()
+        """Refuses: see ``refuse_vmap``."""
+        refuse_vmap()
 
 
 class GlobalMomentsFunction(torch.autograd.Function):
@@ -209,13 +209,13 @@ class GlobalMomentsFunction(torch.autograd.Function):
         total = total / count.clamp(min=1.0)
         slope, level = 2.0 * total[channels:], total[:channels]
         if torch.is_grad_enabled():
-            return (_centred(x, mean) * _per_channel(slope, x) + _per_channel(level, x)).to(x.dtype), None
+            return (centred(x, mean) * per_channel(slope, x) + per_channel(level, x)).to(x.dtype), None
         return kernels.normalize(x, mean, slope, None, level), None
 
     @staticmethod
     def vmap(*_: Any) -> Any:
-        """Refuses: see ``_refuse_vmap``."""
-        _refuse_vmap()
+        """Refuses: see ``refuse_vmap``."""
+        refuse_vmap()
 
 
 class SumFunction(torch.autograd.Function):
@@ -239,8 +239,8 @@ class SumFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_: Any) -> Any:
-        """Refuses: see ``_refuse_vmap``."""
-        _refuse_vmap()
+        """Refuses: see ``refuse_vmap``."""
+        refuse_vmap()
 
 
 def _differentiable_backward(
@@ -259,13 +259,13 @@ def _differentiable_backward(
     mean, var, count = GlobalMomentsFunction.apply(x, replace(plan, kind=header.MOMENTS))
     dims = [dim for dim in range(x.dim()) if dim != 1]
     invstd = (var + plan.eps).rsqrt()
-    xhat = _centred(x, mean) * _per_channel(invstd, x)
+    xhat = centred(x, mean) * per_channel(invstd, x)
     sums = torch.cat([g.sum(dims, dtype=torch.float64), (g * xhat).sum(dims, dtype=torch.float64)])
     total = SumFunction.apply(sums, replace(plan, kind=header.SUM)) / count.clamp(min=1.0)
     channels = mean.numel()
-    dx = g - _per_channel(total[:channels], x) - xhat * _per_channel(total[channels:], x)
+    dx = g - per_channel(total[:channels], x) - xhat * per_channel(total[channels:], x)
     scale = invstd if weight is None else invstd * weight
-    return (dx * _per_channel(scale, x)).to(x.dtype), sums[channels:], sums[:channels], g
+    return (dx * per_channel(scale, x)).to(x.dtype), sums[channels:], sums[:channels], g
 
 
 def _capturing(x: Tensor) -> bool:
@@ -273,18 +273,18 @@ def _capturing(x: Tensor) -> bool:
     return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _centred(x: Tensor, mean: Tensor) -> Tensor:
+def centred(x: Tensor, mean: Tensor) -> Tensor:
     """``x - mean`` in x's compute dtype, without the rounding error of a float32 mean; differentiable in both."""
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     coarse = mean.detach().to(dtype)
-    return x.to(dtype) - _per_channel(coarse, x) - _per_channel(mean - coarse, x)
+    return x.to(dtype) - per_channel(coarse, x) - per_channel(mean - coarse, x)
 
 
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    return values.to(_compute_dtype(x)).view(1, -1, *[1] * (x.dim() - 2))
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.to(compute_dtype(x)).view(1, -1, *[1] * (x.dim() - 2))
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -292,7 +292,7 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def _refuse_vmap() -> NoReturn:
+def refuse_vmap() -> NoReturn:
     raise NotImplementedError(
         "synchronized batch statistics do not work under torch.vmap: they are shared over ranks once a call. "
         "Put vmap's dimension into the batch, use eval mode, or syncbn.revert_sync_batchnorm(model)."
