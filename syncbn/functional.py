@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn import autograd, comm, header, traced
+from syncbn import autograd, comm, header, masked, traced
 from syncbn.autograd import GlobalMomentsFunction, Plan
 from syncbn.comm import Link
 from syncbn.groups import resolve_group
@@ -35,6 +35,7 @@ def sync_batch_norm(
     process_group: Any = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Batch normalization with the statistics of the global batch: ``torch.nn.functional.batch_norm`` over all ranks.
 
@@ -56,6 +57,10 @@ def sync_batch_norm(
         process_group: None, a ProcessGroup, a DeviceMesh, (DeviceMesh, dim) or an mpi4py communicator.
         residual: added before the activation; the shape of ``input``.
         activation: None or "relu".
+        mask: boolean, shape ``(N, 1, *)`` or 1 in place of any of these; True at the positions that n, mean and var are
+            taken over. None: all. Every position is normalized. Ranks with and without a mask go together, and a rank
+            may have no valid position; on a GPU the host waits for the global count. Not used without ``training``
+            where there are running statistics.
 
     Returns:
         Tensor of the shape, dtype and memory format of ``input``.
@@ -93,10 +98,13 @@ def sync_batch_norm(
         remember=remember,
         local_momentum=momentum,
         check=_refuse_cumulative_average if momentum is None else None,
+        mask=mask,
     )
 
 
-def global_moments(input: Tensor, *, process_group: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+def global_moments(
+    input: Tensor, *, process_group: Any = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and biased variance per channel over all ranks, with gradients.
 
     The service beneath the layer, for other normalizations to build on (batch renormalization, whitening, feature
@@ -107,6 +115,7 @@ def global_moments(input: Tensor, *, process_group: Any = None) -> tuple[Tensor,
     Args:
         input: shape ``(N, C, *)``, any float dtype; N and ``*`` may differ between ranks, N may be 0.
         process_group: as in ``sync_batch_norm``.
+        mask: boolean, of the positions to take, as in ``sync_batch_norm``; elsewhere dx is zero.
 
     Returns:
         ``(count, mean, var)``: count a 0-dim float64 tensor; mean and var of shape ``(C,)``, float64 for float64 input
@@ -126,10 +135,14 @@ def global_moments(input: Tensor, *, process_group: Any = None) -> tuple[Tensor,
     group = resolve_group(process_group)
     link = comm.link(group, input.device)
     flags = header.INPUT_GRAD if torch.is_grad_enabled() and input.requires_grad else 0
-    error = _input_error(input, None)
+    error = _input_error(input, None) or (None if mask is None else masked.mask_error(input, mask))
     if error is not None:
         _raise_together(error, link, Call(header.MOMENTS, "", flags), input, None)
-    mean, var, count = GlobalMomentsFunction.apply(input, Plan(link, 0.0, flags=flags, kind=header.MOMENTS))
+    plan = Plan(link, 0.0, flags=flags, kind=header.MOMENTS)
+    if mask is None:
+        mean, var, count = GlobalMomentsFunction.apply(input, plan)
+    else:
+        mean, var, count = masked.MaskedMomentsFunction.apply(input, mask, plan)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return count, mean.to(dtype), var.to(dtype)
 
@@ -151,6 +164,7 @@ def batch_norm(
     channels: int | None = None,
     layer: str = "",
     check: Callable[[Tensor], None] | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """What function and module share: checks, then the synchronized path or torch's own.
 
@@ -170,8 +184,13 @@ def batch_norm(
     link = comm.link(group, input.device) if training and not compiling else None
     flags = _gradient_flags(input, weight, bias)
     error = _input_error(input, channels, check) or _argument_error(input, per_channel, residual, activation)
+    if mask is not None:
+        error = error or masked.mask_error(input, mask)
     if error is not None:
         _raise_together(error, link, Call(header.FORWARD, layer, flags), input, channels)
+    if mask is not None and (training or running_mean is None or running_var is None):
+        plan = Plan(link, eps, activation == "relu", remember, layer, flags)
+        return masked.sync_batch_norm(input, mask, weight, bias, residual, plan)
     if training and compiling and comm.must_synchronize_compiled(group):
         return traced.batch_norm(
             input, weight, bias, residual,
@@ -180,11 +199,16 @@ def batch_norm(
     if training and not compiling and (comm.must_synchronize(link) or input.numel() == 0):
         plan = Plan(link, eps, activation == "relu", remember, layer, flags)
         return autograd.sync_batch_norm(input, weight, bias, residual, plan)
+    dtype, wide = input.dtype, _common_dtype(input, per_channel)
+    if wide is not None:
+        input, weight, bias = input.to(wide), _cast(weight, wide), _cast(bias, wide)
     if training:
-        y = _local_training(input, running_mean, running_var, weight, bias, eps, remember, local_momentum)
+        y = _local_training(input, running_mean, running_var, weight, bias, eps, remember, local_momentum, wide)
     else:
         batch_stats = running_mean is None or running_var is None
+        running_mean, running_var = _cast(running_mean, wide), _cast(running_var, wide)
         y = F.batch_norm(input, running_mean, running_var, weight, bias, batch_stats, 0.0, eps)
+    y = y.to(dtype)
     if residual is not None:
         y = (y + residual).to(y.dtype)
     return F.relu(y) if activation == "relu" else y
@@ -199,18 +223,22 @@ def _local_training(
     eps: float,
     remember: Callable[[Moments | None], None] | None,
     momentum: float | None,
+    wide: torch.dtype | None,
 ) -> Tensor:
-    """torch's own batch norm for one rank: its values to the bit, except that running statistics stay finite."""
+    """torch's own batch norm for one rank: its values to the bit, except that running statistics stay finite.
+
+    ``wide``: the dtype for copies of the running statistics; None for their own.
+    """
     if running_mean is None or running_var is None:
         return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
     if remember is None:  # copies, for torch saves them, and a checkpoint wants its second pass to save as much
         with unseen():
-            copies = running_mean.clone(), running_var.clone()
+            copies = running_mean.to(wide, copy=True), running_var.to(wide, copy=True)
         return F.batch_norm(input, *copies, weight, bias, True, 0.0, eps)
     if momentum is None:
         # Momentum 1 yields the batch's own mean and unbiased variance, for the policy to work with.
         with unseen():
-            mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+            mean, var = torch.zeros_like(running_mean, dtype=wide), torch.zeros_like(running_var, dtype=wide)
         y = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
         with unseen():
             count = torch.full((), input.numel() / input.shape[1], dtype=torch.float64, device=input.device)
@@ -218,7 +246,7 @@ def _local_training(
         return y
     # On copies: torch saves the statistics for its backward, and they must not change after that.
     with unseen():
-        moved = running_mean.clone(), running_var.clone()
+        moved = running_mean.to(wide, copy=True), running_var.to(wide, copy=True)
     y = F.batch_norm(input, *moved, weight, bias, True, momentum, eps)
     with unseen():
         may_read = input.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -228,6 +256,24 @@ def _local_training(
             running.copy_(new if finite is None else torch.where(finite, new, running))
         remember(None)
     return y
+
+
+def _common_dtype(input: Tensor, per_channel: tuple[Tensor | None, ...]) -> torch.dtype | None:
+    """The dtype to compute in where torch's batch norm refuses this mixture, and the synchronized path does not.
+
+    FSDP's mixed precision, for one, leaves running statistics in float32 beside bfloat16 parameters.
+    """
+    dtypes = [tensor.dtype for tensor in per_channel if tensor is not None]
+    least = torch.promote_types(input.dtype, torch.float32)
+    if all(dtype == input.dtype for dtype in dtypes) or all(dtype == torch.float32 == least for dtype in dtypes):
+        return None
+    for dtype in dtypes:
+        least = torch.promote_types(least, dtype)
+    return least
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return tensor if tensor is None or dtype is None else tensor.to(dtype)
 
 
 def _gradient_flags(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:
