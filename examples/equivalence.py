@@ -18,7 +18,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from small_batch import Digits, build_mlp, load_data
+from digits import Digits, build_mlp, load_data
 from torch import Tensor, nn
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
