@@ -168,16 +168,33 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
 
 
 def _class(layer: nn.Module) -> Any:
-    """The layer's class, below the one that torch.nn.utils.parametrize puts on top of it for each layer."""
-    return type(layer).__bases__[0] if parametrize.is_parametrized(layer) else type(layer)
+    """The layer's class, below those that torch puts on top of it: for parametrizations, by ``fully_shard``."""
+    cls: Any = type(layer)
+    while _is_on_top(cls):
+        cls = cls.__bases__[-1]
+    return cls
+
+
+def _is_on_top(cls: Any) -> bool:
+    """Whether torch made this class while the program ran, to add something to one layer or to one kind of layer."""
+    first, *others = cls.__bases__
+    if others:  # fully_shard and replicate: (FSDPModule, the class)
+        return first.__module__.startswith("torch.distributed.")
+    return cls.__module__ == parametrize.__name__
 
 
 def _become(layer: nn.Module, cls: Any) -> None:
-    """Give the layer class ``cls``, below that of its parametrizations if it has some."""
-    if parametrize.is_parametrized(layer):
-        body = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
-        cls = type(f"Parametrized{cls.__name__}", (cls,), body)
-    layer.__class__ = cls
+    """Give the layer class ``cls``, below those that torch has put on top of its own."""
+    layer.__class__ = _with_top(type(layer), cls)
+
+
+def _with_top(top: Any, cls: Any) -> Any:
+    if not _is_on_top(top):
+        return cls
+    *others, below = top.__bases__
+    body = {name: value for name, value in vars(top).items() if name not in ("__dict__", "__weakref__")}
+    prefix = top.__name__.removesuffix(below.__name__)
+    return type(f"{prefix}{cls.__name__}", (*others, _with_top(below, cls)), body)
 
 
 def _origin(cls: Any) -> type[_BatchNorm] | None:
