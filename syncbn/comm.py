@@ -80,6 +80,7 @@ class Link:
     Attributes:
         rank, size: in the group.
         sees_each_rank: whether ``exchange`` returns each rank's payload, or only their sum.
+        broke_off: whether the last exchange ended in a refusal or a mismatch, of which every rank knows then.
     """
 
     sees_each_rank: bool
@@ -91,6 +92,7 @@ class Link:
         self._ranks = group_ranks(group)
         self._number = 0
         self._dead: str | None = None
+        self.broke_off = False
         self._warned: set[str] = set()
 
     def exchange(self, payload: Tensor, call: Call) -> list[Tensor]:
@@ -198,6 +200,7 @@ class OneHop(Link):
     def exchange(self, payload: Tensor, call: Call) -> list[Tensor]:
         width = payload.numel()
         self._check_alive(call, width)
+        self.broke_off = False
         mine = header.encode(call, width, self._number)
         head = min(width, _FRAME)
         message, parts = self._view(head)
@@ -223,6 +226,7 @@ class OneHop(Link):
         self._bytes[start : start + len(frame)] = frame
         self._swap(self._frames[self.rank, : len(frame) // 8], self._peers, call, width)
         self._number += 1
+        self.broke_off = True
 
     def broken_ranks(self, parts: Sequence[Tensor]) -> str:
         broken = [rank for rank, part in enumerate(parts) if not torch.isfinite(part).all()]
@@ -284,6 +288,7 @@ class OneHop(Link):
                 text = bytes(self._bytes[body : body + decoded[1] * 8])
                 reasons[rank] = text.rstrip(b"\0").decode(errors="replace")
         self._number += 1  # the exchange took place, on every rank
+        self.broke_off = True
         raise RankMismatchError(header.explain_mismatch(headers, reasons, self.rank), refused_by=tuple(reasons))
 
     def _offset(self, rank: int) -> int:
@@ -327,6 +332,7 @@ class AllReduce(Link):
 
     def exchange(self, payload: Tensor, call: Call) -> list[Tensor]:
         self._check_alive(call, payload.numel())
+        self.broke_off = False
         body = (self._on_cpu if self._device.type == "cpu" else self._on_device)(payload, call)
         self._number += 1
         return [body]
@@ -337,6 +343,7 @@ class AllReduce(Link):
         message[2], message[3] = 1.0, self.rank + 1.0
         self._reduce(message, call, width)
         self._number += 1
+        self.broke_off = True
 
     def settle(self) -> None:
         while self._late:
@@ -423,6 +430,7 @@ class AllReduce(Link):
             return
         if number == self._number:
             self._number += 1  # the exchange took place, on every rank
+        self.broke_off = True
         mine = call.describe(width, number)
         if refused:
             who = f"rank {refused_ranks - 1:.0f}" if refused == 1 else f"{refused:.0f} ranks"

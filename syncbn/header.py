@@ -24,7 +24,7 @@ assert SIZE == 128
 FLAGS_AT = 6  # where the low byte of the flags lies
 
 # The kinds of exchange.
-FORWARD, BACKWARD, MOMENTS, MOMENTS_BACKWARD, SUM, VOTE, COUNT = range(1, 8)
+FORWARD, BACKWARD, MOMENTS, MOMENTS_BACKWARD, SUM, VOTE, COUNT, POPULATION = range(1, 9)
 _KINDS = {
     FORWARD: "forward",
     BACKWARD: "backward",
@@ -33,6 +33,7 @@ _KINDS = {
     SUM: "sum in a double backward",
     VOTE: "vote",
     COUNT: "count of samples",
+    POPULATION: "population statistics",
 }
 _OF_NO_LAYER = (VOTE, COUNT)
 
@@ -66,7 +67,7 @@ class Call(NamedTuple):
 
     Attributes:
         kind: FORWARD, BACKWARD, ...
-        layer: qualified name of the layer, "" when it has none.
+        layer: qualified name of the layer, "" when it has none; for POPULATION a digest of all layers.
         flags: bits of INPUT_GRAD, WEIGHT_GRAD, BIAS_GRAD, REFUSED.
     """
 
@@ -78,6 +79,8 @@ class Call(NamedTuple):
         """For an error message: ``forward of layer 'bn1' (64 channels, gradients for input and weight, call 12)``."""
         if self.kind in _OF_NO_LAYER:
             return f"{_KINDS[self.kind]} (call {number})"
+        if self.kind == POPULATION:
+            return f"{_KINDS[self.kind]} of {self.layer} (call {number})"
         layer = f" of layer {self.layer!r}" if self.layer else " of a layer without a name"
         wanted = [name for bit, name in _FLAGS.items() if self.flags & bit]
         details = [f"{width // 2} channels"]
