@@ -162,7 +162,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
 
     cls_to_become = SyncBatchNorm
 
-    def initialize_parameters(self, input: Tensor, residual: Tensor | None = None) -> None:
+    def initialize_parameters(self, input: Tensor, residual: Tensor | None = None, *, mask: Any = None) -> None:
         """Take ``num_features`` from the input."""
         super().initialize_parameters(input)
 
@@ -311,7 +311,7 @@ class _Redirect(TorchFunctionMode):
             if moments is not None and not recomputing():
                 update_running_stats(running_mean, running_var, moments, momentum)
 
-        return functional.batch_norm(
+        output = functional.batch_norm(
             input, running_mean, running_var, weight, bias, None,
             training=True, eps=eps, group=layer._group.resolve(), activation=None, remember=remember,
             local_momentum=momentum, channels=layer.num_features or None, layer=layer._layer_name,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn import autograd, comm, header, traced
+from syncbn import autograd, comm, header, masked, traced
 from syncbn.autograd import GlobalMomentsFunction, Plan
 from syncbn.comm import Link
 from syncbn.groups import resolve_group
@@ -35,6 +35,7 @@ def sync_batch_norm(
     process_group: Any = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Batch normalization with the statistics of the global batch: ``torch.nn.functional.batch_norm`` over all ranks.
 
@@ -56,6 +57,10 @@ def sync_batch_norm(
         process_group: None, a ProcessGroup, a DeviceMesh, (DeviceMesh, dim) or an mpi4py communicator.
         residual: added before the activation; the shape of ``input``.
         activation: None or "relu".
+        mask: boolean, shape ``(N, 1, *)`` or 1 in place of any of these; True at the positions that n, mean and var are
+            taken over. None: all. Every position is normalized. Ranks with and without a mask go together, and a rank
+            may have no valid position; on a GPU the host waits for the global count. Not used without ``training``
+            where there are running statistics.
 
     Returns:
         Tensor of the shape, dtype and memory format of ``input``.
@@ -93,10 +98,13 @@ def sync_batch_norm(
         remember=remember,
         local_momentum=momentum,
         check=_refuse_cumulative_average if momentum is None else None,
+        mask=mask,
     )
 
 
-def global_moments(input: Tensor, *, process_group: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+def global_moments(
+    input: Tensor, *, process_group: Any = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and biased variance per channel over all ranks, with gradients.
 
     The service beneath the layer, for other normalizations to build on (batch renormalization, whitening, feature
@@ -107,6 +115,7 @@ def global_moments(input: Tensor, *, process_group: Any = None) -> tuple[Tensor,
     Args:
         input: shape ``(N, C, *)``, any float dtype; N and ``*`` may differ between ranks, N may be 0.
         process_group: as in ``sync_batch_norm``.
+        mask: boolean, of the positions to take, as in ``sync_batch_norm``; elsewhere dx is zero.
 
     Returns:
         ``(count, mean, var)``: count a 0-dim float64 tensor; mean and var of shape ``(C,)``, float64 for float64 input
@@ -126,10 +135,14 @@ def global_moments(input: Tensor, *, process_group: Any = None) -> tuple[Tensor,
     group = resolve_group(process_group)
     link = comm.link(group, input.device)
     flags = header.INPUT_GRAD if torch.is_grad_enabled() and input.requires_grad else 0
-    error = _input_error(input, None)
+    error = _input_error(input, None) or (None if mask is None else masked.mask_error(input, mask))
     if error is not None:
         _raise_together(error, link, Call(header.MOMENTS, "", flags), input, None)
-    mean, var, count = GlobalMomentsFunction.apply(input, Plan(link, 0.0, flags=flags, kind=header.MOMENTS))
+    plan = Plan(link, 0.0, flags=flags, kind=header.MOMENTS)
+    if mask is None:
+        mean, var, count = GlobalMomentsFunction.apply(input, plan)
+    else:
+        mean, var, count = masked.MaskedMomentsFunction.apply(input, mask, plan)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return count, mean.to(dtype), var.to(dtype)
 
@@ -151,6 +164,7 @@ def batch_norm(
     channels: int | None = None,
     layer: str = "",
     check: Callable[[Tensor], None] | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """What function and module share: checks, then the synchronized path or torch's own.
 
@@ -170,13 +184,20 @@ def batch_norm(
     link = comm.link(group, input.device) if training and not compiling else None
     flags = _gradient_flags(input, weight, bias)
     error = _input_error(input, channels, check) or _argument_error(input, per_channel, residual, activation)
+    if mask is not None:
+        error = error or masked.mask_error(input, mask)
     if error is not None:
         _raise_together(error, link, Call(header.FORWARD, layer, flags), input, channels)
-    if training and compiling and comm.must_synchronize_compiled(group):
+    measures = mask is not None and (training or running_mean is None or running_var is None)
+    synchronizes = training and compiling and comm.must_synchronize_compiled(group)
+    if compiling and (synchronizes or measures):
         return traced.batch_norm(
-            input, weight, bias, residual,
-            eps=eps, relu=activation == "relu", group=group, remember=remember, layer=layer, flags=flags,
+            input, weight, bias, residual, eps=eps, relu=activation == "relu", group=group if synchronizes else None,
+            remember=remember, layer=layer, flags=flags, mask=mask,
         )  # fmt: skip
+    if mask is not None and measures:
+        plan = Plan(link, eps, activation == "relu", remember, layer, flags)
+        return masked.sync_batch_norm(input, mask, weight, bias, residual, plan)
     if training and not compiling and (comm.must_synchronize(link) or input.numel() == 0):
         plan = Plan(link, eps, activation == "relu", remember, layer, flags)
         return autograd.sync_batch_norm(input, weight, bias, residual, plan)

@@ -120,7 +120,7 @@ class SyncBatchNorm(_BatchNorm):
     def process_group(self, process_group: Any) -> None:
         self._group = GroupHandle(process_group)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
         """``activation(batch_norm(input) + residual)``.
 
         Args:
@@ -128,26 +128,28 @@ class SyncBatchNorm(_BatchNorm):
             residual: added before the activation; the shape of ``input``.
 
         Returns:
+            mask: boolean, shape ``(N, 1, *)`` or 1 in place of any of these; True at the positions over which n, mean
+                and var are taken. Every position is normalized. None: all. Running statistics know no mask.
             Tensor of the shape, dtype and memory format of ``input``.
 
         Raises:
-            ValueError: C differs from num_features, fewer than 2 dimensions, an integer input, or a residual of another
-                shape: on this rank, while its peers raise RankMismatchError. A global batch with one value per
-                channel: on every rank. Running statistics are untouched then.
+            ValueError: C differs from num_features, fewer than 2 dimensions, an integer input, a residual of another
+                shape, or a mask that does not fit: on this rank, while its peers raise RankMismatchError. A global
+                batch with one (valid) value per channel: on every rank. Running statistics are untouched then.
             RankMismatchError: the ranks made different calls; on every rank.
             PeerLostError: a rank did not take part.
 
         Collectives:
             In training one exchange of 2C+1 float64, and one of 2C in backward; none in eval mode.
         """
-        return self._normalize(input, residual)
+        return self._normalize(input, residual, mask)
 
-    def _normalize(self, input: Tensor, residual: Tensor | None) -> Tensor:
+    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None = None) -> Tensor:
         uses_running = self.track_running_stats or not self.training  # as in PyTorch
         remembers = self.training and uses_running and self.running_mean is not None
         if remembers and not torch.compiler.is_compiling():  # (a compiler sees to its own recomputations)
             remembers = not recomputing()
-        return functional.batch_norm(
+        output = functional.batch_norm(
             input,
             self.running_mean if uses_running else None,
             self.running_var if uses_running else None,
@@ -165,7 +167,11 @@ class SyncBatchNorm(_BatchNorm):
             check=self._check_input_dim,
         )
 
+            mask=mask,
     def _remember(self, moments: Moments | None) -> None:
+        if self._on_normalized is not None:
+            self._on_normalized(input, mask)
+        return output
         """Count the batch and move the running statistics; None if torch has moved them already."""
         if moments is None or moments.finite is not None:
             counts: Tensor | int = 1 if moments is None or moments.n.item() > 0 else 0

@@ -38,6 +38,7 @@ def batch_norm(
     remember: Callable[[Moments], None] | None,
     layer: str,
     flags: int,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """``act(weight * (x - mean) / sqrt(var + eps) + bias + residual)`` with the statistics of all ranks.
 
@@ -45,7 +46,9 @@ def batch_norm(
 
     Collectives: one all-reduce of 2C+3 float64 forward, one of 2C+2 backward.
     """
-    y, n, mean, m2 = _Traced.apply(x, weight, bias, residual, eps, relu, group, layer, flags)
+    if mask is not None:  # (as masked.finite_padding)
+        x = torch.where(mask | torch.isfinite(x), x, 0)
+    y, n, mean, m2 = _Traced.apply(x, weight, bias, residual, mask, eps, relu, group, layer, flags)
     if remember is not None:
         remember(Moments(n, mean, m2))
     return y
@@ -59,13 +62,14 @@ class _Traced(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
+        mask: Tensor | None,
         eps: float,
         relu: bool,
         group: dist.ProcessGroup | None,
         layer: str,
         flags: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        n, mean, m2, _ = unpack_raw(_sum_over_ranks(_raw_moments(x), group, Call(header.FORWARD, layer, flags)))
+        n, mean, m2, _ = unpack_raw(_sum_over_ranks(_raw_moments(x, mask), group, Call(header.FORWARD, layer, flags)))
         torch._assert_async(n != 1, "batch normalization needs more than 1 value per channel in the global batch")
         invstd = (m2 / n.clamp(min=1.0) + eps).rsqrt()
         coarse = mean.to(_compute_dtype(x))  # its rounding error goes into the shift
@@ -75,14 +79,14 @@ class _Traced(torch.autograd.Function):
         y = _affine(x, vectors, residual)
         if relu:
             y = y.clamp(min=0)
-        ctx.save_for_backward(x, weight, residual if relu else None, vectors, mean, invstd, n)
+        ctx.save_for_backward(x, weight, residual if relu else None, mask, vectors, mean, invstd, n)
         ctx.mark_non_differentiable(n, mean, m2)
         ctx.relu, ctx.group, ctx.call = relu, group, Call(header.BACKWARD, layer, flags)
         return y.to(x.dtype), n, mean, m2
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, residual, vectors, mean, invstd, n = ctx.saved_tensors
+        x, weight, residual, mask, vectors, mean, invstd, n = ctx.saved_tensors
         dtype = _compute_dtype(x)
         g = grad.to(dtype)
         if ctx.relu:
@@ -99,21 +103,30 @@ class _Traced(torch.autograd.Function):
             slope = mean_dot * invstd
             level = mean_g + slope * (coarse - mean)
             scales, slopes, levels = _spread(_vectors(x, scale, -slope * scale, -level * scale), x)
-            dx = (g * scales + (centred * slopes + levels)).to(x.dtype)
+            through = centred * slopes + levels
+            dx = (g * scales + (through if mask is None else torch.where(mask, through, 0))).to(x.dtype)
         dweight = dot.to(weight.dtype) if ctx.needs_input_grad[1] else None
         dbias = total if ctx.needs_input_grad[2] else None
         dresidual = g.to(grad.dtype) if ctx.needs_input_grad[3] else None
         return dx, dweight, dbias, dresidual, None, None, None, None, None
 
 
-def _raw_moments(x: Tensor) -> Tensor:
-    """``(n, S[C], Q[C])`` in float64, measured in one read about the mean of the first sample (0 if there is none)."""
-    channels = x.shape[1]
-    first = x[:1].to(_compute_dtype(x))
-    pivot = first.sum(_reduced(x)) / max(first.numel() // channels, 1)
-    centred = x.to(_compute_dtype(x)) - pivot.view(_shape(x))
+def _raw_moments(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``(n, S[C], Q[C])`` in float64, measured in one read about the mean of the first sample (0 if there is none).
+
+    With a mask about the mean of all valid positions, which the first sample may have none of: two reads.
+    """
+    positions = x.numel() // x.shape[1]
+    if mask is None:
+        first = x[:1].to(_compute_dtype(x))
+        pivot = first.sum(_reduced(x)) / max(first.numel() // x.shape[1], 1)
+        centred = x.to(_compute_dtype(x)) - pivot.view(_shape(x))
+        n = torch.full((1,), positions, dtype=torch.float64, device=x.device)
+    else:
+        n = mask.sum(dtype=torch.float64).view(1) * (positions / max(mask.numel(), 1))
+        pivot = (_total(torch.where(mask, x, 0).to(_compute_dtype(x))) / n.clamp(min=1.0)).to(_compute_dtype(x))
+        centred = torch.where(mask, x.to(_compute_dtype(x)) - pivot.view(_shape(x)), 0)
     sums, squares = _total(centred), _total(centred * centred)
-    n = torch.full((1,), x.numel() // channels, dtype=torch.float64, device=x.device)
     mean = pivot.double() + sums / n.clamp(min=1.0)
     # m2 about the mean, then raw: shifting the squares about the pivot straight to zero would cancel twice.
     m2 = squares - sums * sums / n.clamp(min=1.0)
