@@ -24,7 +24,7 @@ assert SIZE == 128
 FLAGS_AT = 6  # where the low byte of the flags lies
 
 # The kinds of exchange.
-FORWARD, BACKWARD, MOMENTS, MOMENTS_BACKWARD, SUM, VOTE, COUNT, POPULATION = range(1, 9)
+FORWARD, BACKWARD, MOMENTS, MOMENTS_BACKWARD, SUM, VOTE, COUNT, POPULATION, NOISE = range(1, 10)
 _KINDS = {
     FORWARD: "forward",
     BACKWARD: "backward",
@@ -34,8 +34,9 @@ _KINDS = {
     VOTE: "vote",
     COUNT: "count of samples",
     POPULATION: "population statistics",
+    NOISE: "noise report",
 }
-_OF_NO_LAYER = (VOTE, COUNT)
+_OF_NO_LAYER = (VOTE, COUNT, NOISE)
 
 # The flags: what of this call wants a gradient, and "my own call is wrong, I only keep my peers from waiting".
 REFUSED = 1
