@@ -316,6 +316,9 @@ class _Redirect(TorchFunctionMode):
             training=True, eps=eps, group=layer._group.resolve(), activation=None, remember=remember,
             local_momentum=momentum, channels=layer.num_features or None, layer=layer._layer_name,
         )  # fmt: skip
+        if layer._on_normalized is not None:
+            layer._on_normalized(input, None)
+        return output
 
 
 def _watched_forward(

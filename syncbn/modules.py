@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ class SyncBatchNorm(_BatchNorm):
     _layer_name: str = ""
     _group = GroupHandle()
     _origin: type[_BatchNorm] | None = None  # the class it was converted from
+    _on_normalized: Callable[[Tensor, Tensor | None], None] | None = None  # told what was normalized: see population
 
     def __init__(
         self,
@@ -126,10 +128,10 @@ class SyncBatchNorm(_BatchNorm):
         Args:
             input: shape ``(N, C, *)``, any float dtype and layout.
             residual: added before the activation; the shape of ``input``.
-
-        Returns:
             mask: boolean, shape ``(N, 1, *)`` or 1 in place of any of these; True at the positions over which n, mean
                 and var are taken. Every position is normalized. None: all. Running statistics know no mask.
+
+        Returns:
             Tensor of the shape, dtype and memory format of ``input``.
 
         Raises:
@@ -165,13 +167,13 @@ class SyncBatchNorm(_BatchNorm):
             channels=self.num_features or None,  # a lazy layer that loaded a state_dict never learns its number
             layer=self._layer_name,
             check=self._check_input_dim,
-        )
-
             mask=mask,
-    def _remember(self, moments: Moments | None) -> None:
+        )
         if self._on_normalized is not None:
             self._on_normalized(input, mask)
         return output
+
+    def _remember(self, moments: Moments | None) -> None:
         """Count the batch and move the running statistics; None if torch has moved them already."""
         if moments is None or moments.finite is not None:
             counts: Tensor | int = 1 if moments is None or moments.n.item() > 0 else 0

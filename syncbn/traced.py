@@ -108,7 +108,7 @@ class _Traced(torch.autograd.Function):
         dweight = dot.to(weight.dtype) if ctx.needs_input_grad[1] else None
         dbias = total if ctx.needs_input_grad[2] else None
         dresidual = g.to(grad.dtype) if ctx.needs_input_grad[3] else None
-        return dx, dweight, dbias, dresidual, None, None, None, None, None
+        return dx, dweight, dbias, dresidual, None, None, None, None, None, None
 
 
 def _raw_moments(x: Tensor, mask: Tensor | None) -> Tensor:
