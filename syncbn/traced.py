@@ -69,7 +69,8 @@ class _Traced(torch.autograd.Function):
         layer: str,
         flags: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        n, mean, m2, _ = unpack_raw(_sum_over_ranks(_raw_moments(x, mask), group, Call(header.FORWARD, layer, flags)))
+        raw = _sum_over_ranks(_raw_moments(x, mask), group, Call(header.FORWARD, layer, flags))
+        n, mean, m2 = unpack_raw(raw)[:3]
         torch._assert_async(n != 1, "batch normalization needs more than 1 value per channel in the global batch")
         invstd = (m2 / n.clamp(min=1.0) + eps).rsqrt()
         coarse = mean.to(_compute_dtype(x))  # its rounding error goes into the shift
