@@ -145,8 +145,20 @@ class LocalBatchNorm(_BatchNorm):
 
     _activation: str | None = None
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalize, add, activate; shapes as in ``SyncBatchNorm.forward``. Collectives: none."""
+    _remember: Any = SyncBatchNorm._remember
+    _momentum: Any = SyncBatchNorm._momentum
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+        """Normalize, add, activate; shapes and mask as in ``SyncBatchNorm.forward``. Collectives: none."""
+        if mask is not None and (self.training or self.running_mean is None):
+            remembers = self.training and self.track_running_stats and self.running_mean is not None
+            if remembers and not torch.compiler.is_compiling():
+                remembers = not recomputing()
+            return functional.batch_norm(
+                input, None, None, self.weight, self.bias, residual, training=True, eps=self.eps, group=None,
+                activation=self._activation, remember=self._remember if remembers else None, local_momentum=None,
+                channels=self.num_features, check=self._check_input_dim, mask=mask,
+            )  # fmt: skip
         y = super().forward(input)
         if residual is not None:
             y = y + residual
