@@ -5,6 +5,7 @@ from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.header import PeerLostError, RankMismatchError
 from syncbn.manifest import check_ranks_agree
 from syncbn.modules import SyncBatchNorm
+from syncbn.population import update_population_stats
 
 __all__ = [
     "PeerLostError",
@@ -16,4 +17,5 @@ __all__ = [
     "revert_sync_batchnorm",
     "steps",
     "uneven",
+    "update_population_stats",
 ]
