@@ -175,8 +175,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def _remember(self, moments: Moments | None) -> None:
         """Count the batch and move the running statistics; None if torch has moved them already."""
-        if moments is None or moments.finite is not None:
-            counts: Tensor | int = 1 if moments is None or moments.n.item() > 0 else 0
+        if moments is None or moments.count is not None:
+            counts: Tensor | int = 0 if moments is not None and moments.count == 0 else 1
         else:
             counts = moments.n > 0  # an empty global batch is none, and reading the count would wait
         if self.num_batches_tracked is not None:

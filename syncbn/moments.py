@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,12 +41,14 @@ class Moments(NamedTuple):
         m2: shape ``(C,)``, sum of squared deviations from ``mean``; zero where the count is zero.
         bound: no ``|mean|`` and no variance exceeds it; infinite or NaN if one of them is not finite; None where nobody
             looked, because that would wait for the device.
+        count: ``n`` as a number, where somebody looked.
     """
 
     n: Tensor
     mean: Tensor
     m2: Tensor
     bound: float | None = None
+    count: float | None = None
 
     @property
     def finite(self) -> bool | None:
@@ -56,12 +58,12 @@ class Moments(NamedTuple):
     @property
     def var(self) -> Tensor:
         """Biased variance ``m2 / n``, shape ``(C,)``; zero for an empty batch."""
-        return self.m2 / self.n.clamp(min=1.0)
+        return self.m2 / _at_least_one(self.n if self.count is None else self.count)
 
     @property
     def unbiased_var(self) -> Tensor:
         """Unbiased variance ``m2 / (n - 1)``, shape ``(C,)``; defined as ``m2`` for counts below 2."""
-        return self.m2 / (self.n - 1.0).clamp(min=1.0)
+        return self.m2 / _at_least_one((self.n if self.count is None else self.count) - 1.0)
 
     def invstd(self, eps: float) -> Tensor:
         """``1 / sqrt(var + eps)`` with the biased variance, shape ``(C,)``."""
@@ -79,7 +81,7 @@ def unpack_raw(packed: Tensor) -> Moments:
 
     ``m2 = Q - S^2 / n`` is clamped at zero: rounding may take it below.
     """
-    count, total, squares, _ = unpack(packed)
+    count, total, squares = unpack(packed)[:3]
     mean = total / count.clamp(min=1.0)
     # (clamp would turn NaN into NaN as well: non-finite statistics stay visible.)
     m2 = torch.addcmul(squares, mean, total, value=-1.0).clamp_(min=0.0)
@@ -92,26 +94,38 @@ def merge(parts: Sequence[Moments]) -> Moments:
     Returns:
         New tensors, also for a single part: parts may lie in a buffer that the next exchange overwrites.
     """
-    n, mean, m2, _ = parts[0]
+    n, mean, m2 = parts[0][:3]
     if len(parts) == 1:
         return Moments(n.clone(), mean.clone(), m2.clone())
-    for other in parts[1:]:
-        union = n + other.n
-        weight = other.n / union.clamp(min=1.0)
+    # Numbers instead of 0-dim tensors, where they may be read: fewer calls.
+    counts = [part.n.item() if _may_read(mean) else part.n for part in parts]
+    total = counts[0]
+    for other, count in zip(parts[1:], counts[1:], strict=True):
+        union = total + count
+        share = count / _at_least_one(union)
         delta = other.mean - mean
-        mean = torch.addcmul(mean, delta, weight)
-        m2 = torch.addcmul(m2 + other.m2, delta * delta, n * weight)
-        n = union
-    return Moments(n, mean, m2)
+        mean = mean + delta * share
+        m2 = (m2 + other.m2).add_(delta.square_().mul_(total * share))
+        total = union
+    return Moments(total if isinstance(total, Tensor) else mean.new_tensor(total), mean, m2)
 
 
 def look(moments: Moments) -> Moments:
     """The same, with a bound on its values, where looking costs nothing: on a CPU."""
-    if moments.mean.device.type != "cpu":
+    if not _may_read(moments.mean):
         return moments
     # One sum finds any NaN or infinity; finite values whose sum overflows float64 are as useless as these.
     bound = moments.mean.abs().add_(moments.m2).sum().item()
-    return Moments(moments.n, moments.mean, moments.m2, bound)
+    return moments._replace(bound=bound, count=moments.n.item())
+
+
+def _at_least_one(count: Any) -> Any:
+    return count.clamp(min=1.0) if isinstance(count, Tensor) else max(count, 1.0)
+
+
+def _may_read(tensor: Tensor) -> bool:
+    """Whether reading a value costs nothing: on a CPU."""
+    return tensor.device.type == "cpu"
 
 
 def update_running_stats(
@@ -136,7 +150,7 @@ def update_running_stats(
     if running_mean is None or running_var is None:
         return
     mean, var = moments.mean, moments.unbiased_var
-    if moments.finite is not None and moments.n.item() == 0:  # who looked at the values may read the count as well
+    if moments.count == 0:
         return
     keep = None
     if moments.bound is None or not moments.bound < torch.finfo(running_var.dtype).max:

@@ -378,13 +378,13 @@ def test_no_temporary_larger_than_a_slice(layout, dtype, shipped_only):
 
 
 def test_few_calls_for_a_small_layer(shipped_only):
-    e = example((64, 256), torch.float32, "contiguous")
+    e = example((64, 256), torch.float32, "contiguous", mean=0.5)
     counts = {}
     for name, call in calls(e).items():
         with Allocations() as log:
             call()
         counts[name] = log.calls
-    limits = {"moments": 7, "normalize": 10, "gradient_sums": 8, "input_gradient": 19}
+    limits = {"moments": 7, "normalize": 10, "gradient_sums": 8, "input_gradient": 20}
     assert all(counts[name] <= limit for name, limit in limits.items()), counts
 
 

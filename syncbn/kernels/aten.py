@@ -14,9 +14,11 @@ Why these operations (`benchmarks/kernels.py` prints the candidates with their e
 8x64x56x56 float32 at mean / std of 1000):
 
 * Every element is centred in opmath, `d = x - pivot`, with the pivot rounded to opmath and its remainder
-  folded into per-channel float64 vectors. The output is then off by 7e-7; `alpha * x + beta`, which evaluation
-  mode and an `addcmul` compute in half the time, by 1e-4. Where all means are within `_NEAR` standard deviations
-  of zero, centring gains no digits; on a CPU, where looking is cheap, it is then left out, and one pass with it.
+  folded into per-channel float64 vectors. The output is then off by 7e-7; `alpha * x + beta` by 1e-4. Where all
+  means are within `_NEAR` standard deviations of zero, centring gains no digits; on a CPU, where looking is cheap,
+  it is then left out, and one pass with it.
+* `alpha * x + beta` with values per channel is what `native_batch_norm` does in evaluation mode, in one vectorized
+  pass for both layouts. The gradient is one such pass over x, and then an `addcmul_` of the output's gradient.
 * Two sums in one read come from `native_batch_norm_backward` in evaluation mode with unit variance, which
   returns `(sum a * (b - pivot), sum a)`, vectorized in both layouts. For the statistics both operands are a
   slice of d. Reading x itself instead saves the slice and loses the variance (16 % off, and more for columns).
@@ -24,14 +26,15 @@ Why these operations (`benchmarks/kernels.py` prints the candidates with their e
   their variance is off by 2e-5 here, and in proportion to (mean / std)^2; the slices of d stay at 3e-7. On a
   CPU x itself is read first, about zero; channels with |mean| > std are then done again about a pivot.
 * Its float32 partial sums run over at most a slice and at most `_MAX_RUN` positions; these add up in float64.
-* Broadcast operands that are constant along the inner dimension are vectorized only one at a time, hence
-  `mul_` and `add_` for rows where columns take one `addcmul`.
+* Broadcast operands that are constant along the inner dimension are vectorized only one at a time, hence `mul_`
+  and `add_` where rows cannot have evaluation mode's loop, and columns one `addcmul`.
 * Small inputs are converted to float64 and summed directly: fewer calls, which is all that counts there.
 
 The functions write with `out=`, so they are for use where autograd does not record (inside a
 `torch.autograd.Function`, under `no_grad`, or on tensors that require no gradient).
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 
@@ -76,7 +79,14 @@ def moments(x: Tensor, *, raw: bool = False) -> Tensor:
     count = x.numel() // x.shape[1]
     if x.numel() <= _SMALL and x.dtype is not torch.float64:
         return _small_moments(x, count, raw)
-    pivot, total, square = _sums_near_zero(x, count) or _centred_sums(x, True)
+    sums = _plain_sums(x, None, None) if _may_read(x) and x.dtype is _opmath(x) else None
+    if sums is not None:
+        packed, far = _moments_near_zero(sums, count, raw)
+        if far is None:
+            return packed
+        pivot, total, square = _again_where_far(x, sums, far)
+    else:
+        pivot, total, square = _centred_sums(x)
     shifted = torch.add(total, pivot, alpha=count)
     if raw:
         first, second = shifted, square.addcmul(pivot, total + shifted)
@@ -172,12 +182,17 @@ def _write_output(
     opmath = _opmath(x)
     scale = invstd if weight is None else invstd * weight
     near = _is_near(x, mean, invstd)
-    pivot = torch.zeros_like(mean, dtype=opmath) if near else mean.to(opmath)
-    shift = (pivot - mean) * scale if bias is None else torch.addcmul(bias, pivot - mean, scale)
+    pivot = None if near else mean.to(opmath)
+    centre = mean if pivot is None else mean - pivot
+    shift = (centre * scale).neg_() if bias is None else torch.addcmul(bias, centre, scale, value=-1)
+    vectors = [scale.to(opmath), shift.to(opmath)]
     operands = [x, out, *(t for t in (residual, grad) if t is not None)]
-    for piece, target, *extra, p, a, b in _pieces(operands, (pivot, scale.to(opmath), shift.to(opmath))):
+    if near and not relu and len(operands) == 2 and _in_one_pass(x, *vectors, out):
+        return
+    for piece, target, *extra in _pieces(operands, vectors if pivot is None else [pivot, *vectors]):
+        *p, a, b = extra[len(operands) - 2 :]
         y = target if x.dtype is opmath else torch.empty_like(piece, dtype=opmath)
-        _scale_and_shift(piece if near else torch.sub(piece, p, out=y), a, b, y)
+        _scale_and_shift(torch.sub(piece, *p, out=y) if p else piece, a, b, y)
         if residual is not None:
             y += extra[0]
         if relu:
@@ -185,7 +200,7 @@ def _write_output(
         if y is not target:
             target.copy_(y)
         if grad is not None:
-            _threshold_backward(extra[-1].to(x.dtype), target, 0, grad_input=target)
+            _threshold_backward(extra[len(operands) - 3].to(x.dtype), target, 0, grad_input=target)
 
 
 def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
@@ -205,17 +220,20 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tens
         return x.new_zeros(2 * channels, dtype=torch.float64)
     if x.numel() <= _SMALL:
         return _small_gradient_sums(grad, x, mean, invstd)
-    x, columns = _canonical(x)
     opmath = _opmath(x)
-    pivot = mean.to(opmath)
-    dots, totals = [], []
-    for g, piece, about in _summands(grad, x, pivot, columns):
-        dot, total = _two_sums(g.to(opmath), piece.to(opmath), about, torch.ones_like(about), columns)
-        dots.append(dot)
-        totals.append(total)
-    packed = _add_up(totals, dots, channels)
+    pivot = None if _is_near(x, mean, invstd) else mean.to(opmath)
+    packed = _plain_sums(x, grad, pivot)
+    if packed is None:
+        pivot = mean.to(opmath)
+        x, columns = _canonical(x)
+        dots, totals = [], []
+        for g, piece, about in _summands(grad, x, pivot, columns):
+            dot, total = _two_sums(g.to(opmath), piece.to(opmath), about, torch.ones_like(about), columns)
+            dots.append(dot)
+            totals.append(total)
+        packed = _add_up(totals, dots, channels)
     total, dot = packed.unbind()
-    dot.addcmul_(pivot - mean, total).mul_(invstd)
+    dot.addcmul_(mean if pivot is None else mean - pivot, total, value=-1).mul_(invstd)
     return packed.view(-1)
 
 
@@ -235,10 +253,6 @@ def _summands(grad: Tensor, x: Tensor, pivot: Tensor, columns: bool) -> Iterator
 
     The sums of a piece are taken in one call.
     """
-    short = columns and x.numel() // x.shape[1] <= _MAX_RUN
-    if short and x.dim() in (4, 5) and grad.stride() == x.stride() and _fits_slice(x):
-        yield grad, x, pivot
-        return
     matrices = _matrix(grad, columns), _matrix(x, columns)
     if columns:
         for g, block in zip(*(_blocks(matrix, columns, x.shape[1]) for matrix in matrices), strict=True):
@@ -247,10 +261,8 @@ def _summands(grad: Tensor, x: Tensor, pivot: Tensor, columns: bool) -> Iterator
             yield from zip(_cut(g, step), _cut(block, step), repeat(about), strict=False)
         return
     # N * C rows, not N images of C: memory is then read in its order, in half the time when it is cold.
-    # Rows in opmath need no slices: no temporary is made, and each row is summed on its own.
-    rows = len(matrices[0])
-    step = rows if x.dtype is grad.dtype is _opmath(x) else _rows_per_slice(matrices[1])
-    yield from zip(*(_cut(t, step) for t in (*matrices, pivot.repeat(rows // x.shape[1]))), strict=True)
+    step = _rows_per_slice(matrices[1])
+    yield from zip(*(_cut(t, step) for t in (*matrices, pivot.repeat(len(x)))), strict=True)
 
 
 def input_gradient(
@@ -264,8 +276,8 @@ def input_gradient(
 ) -> Tensor:
     """`dx = weight * invstd * (g - sum_g / n - xhat * sum_gxhat / n)`, in the dtype and layout of x.
 
-    With `k = invstd * sum_gxhat / n` and `d = x - pivot` the work per element is
-    `a * (g - k * d) - a * (sum_g / n + k * (pivot - mean))`, where `a = weight * invstd`.
+    With `k = a * invstd * sum_gxhat / n` and `d = x - pivot` the work per element is
+    `a * g - k * d - (a * sum_g / n + k * (pivot - mean))`, where `a = weight * invstd`.
 
     Args:
         grad: Gradient of the loss with respect to the normalized output, shape of x.
@@ -282,51 +294,102 @@ def input_gradient(
     dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx
-    opmath, channels = _opmath(x), x.shape[1]
-    means = sums / count.clamp(min=1)
+    opmath = _opmath(x)
+    mean_g, mean_dot = (sums / count.clamp(min=1)).view(2, -1).unbind()
     near = _is_near(x, mean, invstd) and grad.dtype is opmath
-    pivot = torch.zeros_like(mean, dtype=opmath) if near else mean.to(opmath)
+    pivot = None if near else mean.to(opmath)
     scale = invstd if weight is None else invstd * weight
-    slope = means[channels:] * invstd
-    shift = torch.addcmul(means[:channels], slope, pivot - mean).mul_(scale).neg_()
-    vectors = (pivot, slope.to(opmath), scale.to(opmath), shift.to(opmath))
-    for piece, out, g, p, k, a, b in _pieces((x, dx, grad), vectors):
+    slope = mean_dot.mul_(invstd).mul_(scale)
+    shift = torch.mul(mean if pivot is None else mean - pivot, slope).addcmul_(mean_g, scale, value=-1)
+    vectors = [slope.neg_().to(opmath), shift.to(opmath), scale.to(opmath)]
+    if near and _in_one_pass(x, vectors[0], vectors[1], dx):
+        dx.addcmul_(grad, _along_channels(vectors[2], x))
+        return dx
+    for piece, out, g, *p, k, b, a in _pieces((x, dx, grad), vectors if pivot is None else [pivot, *vectors]):
         d = out if x.dtype is opmath else torch.empty_like(piece, dtype=opmath)
-        centred = piece if near else torch.sub(piece, p, out=d)
-        torch.addcmul(g.to(opmath), centred, k, value=-1, out=d)
-        _scale_and_shift(d, a, b, d)
+        _scale_and_shift(torch.sub(piece, *p, out=d) if p else piece, k, b, d)
+        d.addcmul_(g.to(opmath), a)
         if d is not out:
             out.copy_(d)
     return dx
 
 
-def _sums_near_zero(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """`_centred_sums` in one read and without a temporary, where most channels allow it; else None.
+def _moments_near_zero(sums: Tensor, count: int, raw: bool) -> tuple[Tensor, Tensor | None]:
+    """`moments` of sums about zero, and which channels need a pivot, or None if none does.
 
-    About a pivot of zero the variance is off by `1 + (mean / std)^2` times the error of a sum: so it is for channels
-    with `|mean| <= std`, and the others, few or none behind a convolution, are done again about a pivot of their own.
-    Which they are is read back, so this is for a CPU.
+    About zero the variance is off by `1 + (mean / std)^2` times the error of a sum, so these are channels with
+    `|mean| > std`: few or none behind a convolution. Whether there are any is read back, so this is for a CPU.
     """
-    if not _may_read(x) or x.dtype is not _opmath(x):
-        return None
-    pivot, total, square = _centred_sums(x, False)
-    far = (total * total <= (square * count).addcmul_(total, total, value=-1)).logical_not_()
-    number = int(far.sum())
-    if number > x.shape[1] // 4:
-        return None
-    if number > 0:
-        index = far.nonzero().squeeze(1)
-        for values, again in zip((pivot, total, square), _centred_sums(x.index_select(1, index), True), strict=True):
-            values[index] = again
-    return pivot, total, square
+    channels = sums.shape[1]
+    total, square = sums.unbind()
+    packed = sums.new_full((2 * channels + 1,), count)
+    first, second = packed[1 : channels + 1], packed[channels + 1 :]
+    torch.div(total, count, out=first)
+    torch.addcmul(square, total, first, value=-1, out=second)
+    margin = torch.addcmul(second, total, first, value=-1)
+    if not margin.min().item() >= 0:  # (NaN is far)
+        return packed, (margin >= 0).logical_not_()
+    if raw:
+        packed[1:] = sums.view(-1)
+    return packed, None
 
 
-def _centred_sums(x: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`(pivot, sum d, sum d^2)` in float64 for `d = x - pivot`; the pivot is zero unless `centred`."""
+def _again_where_far(x: Tensor, sums: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(pivot, sum d, sum d^2)`: those about zero, and for the channels that are far from it, about a pivot."""
+    index = far.nonzero().squeeze(1)
+    if len(index) > x.shape[1] // 4:
+        return _centred_sums(x)
+    values = torch.zeros_like(sums[0]), *sums.unbind()
+    for value, again in zip(values, _centred_sums(x.index_select(1, index)), strict=True):
+        value[index] = again
+    return values
+
+
+def _plain_sums(x: Tensor, grad: Tensor | None, pivot: Tensor | None) -> Tensor | None:
+    """`(sum g, sum g * (x - pivot))` per channel in float64, in the fewest calls and without a temporary.
+
+    g is x itself, and the pivot zero, where they are None. None for an input whose runs `_MAX_RUN` does not cut into
+    equal parts, for strides that are neither rows nor columns, and for dtypes that need a conversion.
+    """
+    columns, opmath = _has_columns(x), _opmath(x)
+    if columns is None or x.dtype is not opmath or (grad is not None and grad.dtype is not opmath):
+        return None
+    channels = x.shape[1]
+    length = x.numel() // channels if columns else x.numel() // (len(x) * channels)
+    width = _WIDTH if grad is None else _WIDTH // 4  # (two inputs take more of the innermost cache)
+    outer = math.gcd(length, max(1, width // channels)) if columns else len(x)
+    run = length // outer if columns else length
+    parts = _equal_parts(run)
+    if run > parts * _MAX_RUN:
+        return None
+    if columns:  # narrow columns are joined, and long ones cut: pieces one after the other
+        shape, inner = (parts, run // parts, 1, outer * channels), 1
+    else:
+        shape, inner = (1, outer * channels * parts, run // parts), parts
+    one = x.new_ones(outer * channels * inner)
+    about = torch.zeros_like(one)
+    if pivot is not None:
+        about.view(outer, channels, inner).copy_(pivot.view(1, -1, 1))
+    operands = [x] if grad is None else [grad, x]
+    if columns:
+        matrices = (t.movedim(1, -1).contiguous().view(shape).permute(0, 3, 1, 2) for t in operands)
+        cut = [(t,) if parts == 1 else t.split(1) for t in matrices]
+    else:
+        cut = [(t.contiguous().view(shape),) for t in operands]
+    dots, totals = [], []
+    for g, piece in zip(cut[0], cut[-1], strict=True):
+        _, dot, total = _batch_norm_backward(g, piece, None, about, one, None, None, False, 0.0, [False, True, True])
+        dots.append(dot)
+        totals.append(total)
+    return torch.cat(totals + dots).view(2, -1, channels, inner).sum((1, 3), dtype=torch.float64)
+
+
+def _centred_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(pivot, sum d, sum d^2)` in float64 for `d = x - pivot`."""
     x, columns = _canonical(x)
     channels, opmath = x.shape[1], _opmath(x)
     matrix = _matrix(x, columns)
-    pivot = _rough_mean(matrix, channels, columns) if centred else matrix.new_zeros(channels)
+    pivot = _rough_mean(matrix, channels, columns)
     parts = 1 if columns else _equal_parts(matrix.shape[1])
     if columns:
         blocks = _blocks(matrix, columns, channels)
@@ -337,14 +400,13 @@ def _centred_sums(x: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
     about = pivot if parts == 1 else pivot.repeat_interleave(parts)
     squares, totals = [], []
     for block in blocks:
-        # Rows that need no temporary need no slices.
-        step = len(block) if not centred and not columns else min(_rows_per_slice(block), len(block))
-        buffer = block.new_empty((step, block.shape[1]), dtype=opmath) if centred else block
+        step = min(_rows_per_slice(block), len(block))
+        buffer = block.new_empty((step, block.shape[1]), dtype=opmath)
         zero = about.new_zeros(block.shape[1] if columns else step)
         one = torch.ones_like(zero)
         for piece, p in zip(_cut(block, step), _spread(about, block, step, columns), strict=False):
             width = block.shape[1] if columns else len(piece)
-            d = torch.sub(piece, p, out=buffer[: len(piece)]) if centred else piece
+            d = torch.sub(piece, p, out=buffer[: len(piece)])
             square, total = _two_sums(d, d, zero[:width], one[:width], columns)
             squares.append(square)
             totals.append(total)
@@ -387,11 +449,33 @@ def _add_up(first: list[Tensor], second: list[Tensor], channels: int) -> Tensor:
 
 
 def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """`out <- x * scale + shift`, where out may be x; the faster of two ways, which depends on the layout alone."""
-    if out.stride(-1) == 1 and scale.dim() > 1 and scale.shape[-1] == 1:
+    """`out <- x * scale + shift`, where out may be x; the fastest of three ways."""
+    rows = scale.dim() > 1 and scale.shape[-1] == 1
+    if rows and scale.dim() == x.dim():  # each row has values of its own
+        done = _in_one_pass(x.unsqueeze(0), scale.view(-1), shift.view(-1), out.unsqueeze(0))
+    else:
+        done = rows and _in_one_pass(x, scale.view(-1), shift.view(-1), out)
+    if done:
+        return
+    if rows and out.stride(-1) == 1:
         torch.mul(x, scale, out=out).add_(shift)
     else:
         torch.addcmul(shift, x, scale, out=out)
+
+
+def _in_one_pass(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> bool:
+    """`out <- x * scale + shift` per channel by the loop that evaluation mode has for x, if there is a quick one.
+
+    Broadcast operations take two passes, or vectorize only one of them.
+    """
+    if x.dim() < 3 or not _may_read(x) or x.dtype is not scale.dtype or out.stride() != x.stride():
+        return False
+    if not x.is_contiguous() and not (x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous()):
+        return False
+    one = torch.ones_like(scale)
+    unused = scale.new_empty(0)
+    torch.native_batch_norm(x, scale, shift, torch.zeros_like(scale), one, False, 0.0, 0.0, out=(out, unused, unused))
+    return True
 
 
 def _may_read(x: Tensor) -> bool:
@@ -401,9 +485,9 @@ def _may_read(x: Tensor) -> bool:
 
 def _is_near(x: Tensor, mean: Tensor, invstd: Tensor) -> bool:
     """Whether all means are within `_NEAR` standard deviations of zero, so that centring would gain no digits."""
-    if x.numel() <= _SMALL or not _may_read(x) or x.dtype is not _opmath(x):
-        return False  # a small input is centred in less time than this takes
-    return bool((mean * invstd).abs_().max() <= _NEAR)
+    if not _may_read(x) or x.dtype is not _opmath(x):
+        return False
+    return torch.linalg.vector_norm(mean * invstd, math.inf).item() <= _NEAR
 
 
 def _opmath(x: Tensor) -> torch.dtype:
