@@ -92,6 +92,7 @@ class SyncBatchNorm(_BatchNorm):
     _group = GroupHandle()
     _origin: type[_BatchNorm] | None = None  # the class it was converted from
     _on_normalized: Callable[[Tensor, Tensor | None], None] | None = None  # told what was normalized: see population
+    _collect: Callable[[Moments | None], None] | None = None  # takes the moments: see accumulation
 
     def __init__(
         self,
@@ -162,8 +163,8 @@ class SyncBatchNorm(_BatchNorm):
             eps=self.eps,
             group=self._group.resolve(),
             activation=self._activation,
-            remember=self._remember if remembers else None,
-            local_momentum=self.momentum,
+            remember=(self._collect or self._remember) if remembers else None,
+            local_momentum=self.momentum if self._collect is None else None,
             channels=self.num_features or None,  # a lazy layer that loaded a state_dict never learns its number
             layer=self._layer_name,
             check=self._check_input_dim,

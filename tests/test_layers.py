@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("functional",),
     ("modules",),
     ("convert",),
-    ("manifest", "population"),
+    ("accumulation", "manifest", "population"),
     ("diagnostics", "lightning"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
