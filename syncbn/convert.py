@@ -146,7 +146,6 @@ class LocalBatchNorm(_BatchNorm):
     _activation: str | None = None
 
     _remember: Any = SyncBatchNorm._remember
-    _momentum: Any = SyncBatchNorm._momentum
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
         """Normalize, add, activate; shapes and mask as in ``SyncBatchNorm.forward``. Collectives: none."""

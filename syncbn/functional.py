@@ -15,7 +15,7 @@ from syncbn.autograd import GlobalMomentsFunction, Plan
 from syncbn.comm import Link
 from syncbn.groups import resolve_group
 from syncbn.header import Call, PeerLostError
-from syncbn.moments import Moments, update_running_stats
+from syncbn.moments import Moments, Running
 from syncbn.recompute import unseen
 
 ACTIVATIONS = (None, "relu")
@@ -79,11 +79,6 @@ def sync_batch_norm(
     tensor([[-1.],
             [ 1.]])
     """
-
-    def remember(moments: Moments | None) -> None:
-        if moments is not None:
-            update_running_stats(running_mean, running_var, moments, momentum)
-
     return batch_norm(
         input,
         running_mean,
@@ -95,7 +90,7 @@ def sync_batch_norm(
         eps=eps,
         group=resolve_group(process_group),
         activation=activation,
-        remember=remember,
+        remember=Running(running_mean, running_var, momentum),
         local_momentum=momentum,
         check=_refuse_cumulative_average if momentum is None else None,
         mask=mask,

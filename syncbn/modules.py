@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn import functional
 from syncbn.groups import GroupHandle
-from syncbn.moments import Moments, update_running_stats
+from syncbn.moments import Moments, Running
 from syncbn.recompute import recomputing
 
 
@@ -174,23 +174,10 @@ class SyncBatchNorm(_BatchNorm):
             self._on_normalized(input, mask)
         return output
 
-    def _remember(self, moments: Moments | None) -> None:
-        """Count the batch and move the running statistics; None if torch has moved them already."""
-        if moments is None or moments.count is not None:
-            counts: Tensor | int = 0 if moments is not None and moments.count == 0 else 1
-        else:
-            counts = moments.n > 0  # an empty global batch is none, and reading the count would wait
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(counts)
-        if moments is not None:
-            update_running_stats(self.running_mean, self.running_var, moments, self._momentum())
-
-    def _momentum(self) -> float | Tensor:
-        if self.momentum is not None:
-            return self.momentum
-        if self.num_batches_tracked is None:
-            return 0.0
-        return self.num_batches_tracked.clamp(min=1).double().reciprocal_()
+    @property
+    def _remember(self) -> Running:
+        """Called with the moments of a batch: counts it, and moves the running statistics."""
+        return Running(self.running_mean, self.running_var, self.momentum, self.num_batches_tracked)
 
     def _check_input_dim(self, input: Tensor) -> None:
         # A converted BatchNorm2d goes on refusing what is not 4-D.

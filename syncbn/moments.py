@@ -162,6 +162,38 @@ def update_running_stats(
         _lerp_(running, batch, momentum)
 
 
+class Running(NamedTuple):
+    """The running statistics of a layer, and how the moments of a batch move them: as data, for a kernel to carry out.
+
+    Attributes:
+        mean, var: shape ``(C,)``, any float dtype, or None for none.
+        momentum: weight of the new observation; None for the average over all batches that were counted.
+        batches: their number, a 0-dim integer tensor, or None where nobody counts.
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+    momentum: float | None
+    batches: Tensor | None = None
+
+    def __call__(self, moments: Moments | None) -> None:
+        """Count a batch, and move the statistics; with None they have been moved already. An empty batch is none."""
+        if self.batches is not None:
+            counts: Tensor | int = 1
+            if moments is not None and moments.count is not None:
+                counts = 1 if moments.count > 0 else 0
+            elif moments is not None:
+                counts = moments.n > 0  # reading the count would wait
+            self.batches.add_(counts)
+        if moments is not None:
+            update_running_stats(self.mean, self.var, moments, self._weight())
+
+    def _weight(self) -> float | Tensor:
+        if self.momentum is not None:
+            return self.momentum
+        return 0.0 if self.batches is None else self.batches.clamp(min=1).double().reciprocal_()
+
+
 def _lerp_(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
     """``running += momentum * (batch - running)``, at least in float32 (half would drop small updates)."""
     if running.dtype in (torch.float32, torch.float64):
