@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests and recipes find mpiexec, torchrun and syncbn-launch of this environment first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv test lint types demo fuzz soak bench experiments clean
+.PHONY: help venv test lint types docs demo fuzz soak bench experiments clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -57,6 +57,9 @@ lint: $(STAMP) ## check style and formatting, and the shell scripts
 types: $(STAMP) ## check the type annotations
 	$(BIN)/python -m mypy
 
+docs: $(STAMP) ## build the guide as a site, into docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
 demo: $(STAMP) ## the small-batch experiment on RANKS=4 ranks: table, CSV and picture under OUT=out
 	$(BIN)/python -m syncbn.launch -n $(RANKS) examples/small_batch.py --out $(OUT)/small_batch $(DEMO_ARGS)
 
@@ -89,5 +92,5 @@ experiments: $(STAMP) ## the full sweep behind the numbers in the README, into e
 	$(BIN)/python -m syncbn.launch -n 2 examples/equivalence.py
 
 clean: ## remove the environment and everything else that was made here
-	rm -rf $(VENV) $(OUT) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OUT) build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

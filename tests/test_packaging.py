@@ -70,7 +70,7 @@ def test_make_names_its_targets() -> None:
         ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     targets = {line.split()[1] for line in text.splitlines()}
-    wanted = {"venv", "test", "lint", "types", "demo", "fuzz", "soak", "bench", "experiments", "clean", "help"}
+    wanted = {"venv", "test", "lint", "types", "docs", "demo", "fuzz", "soak", "bench", "experiments", "clean", "help"}
     assert targets == wanted
 
 

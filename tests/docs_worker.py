@@ -1,0 +1,10 @@
+"""Runs the Python of one page on this rank: ``mpiexec -n 2 python -m mpi4py docs_worker.py PAGE``."""
+
+import sys
+from pathlib import Path
+
+import pages
+
+if __name__ == "__main__":
+    page = pages.read(Path(sys.argv[1]))
+    assert pages.run(page) == page.titles()

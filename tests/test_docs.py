@@ -1,0 +1,161 @@
+"""What the guide shows runs, what it names exists, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import gc
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("markdown_it", reason="markdown-it-py is not installed (dependency group: docs)")
+
+import pages
+from pages import ROOT
+from processes import run_processes
+
+import syncbn
+
+DOCS = ROOT / "docs"
+PAGES = {
+    str(path.relative_to(ROOT)): pages.read(path)
+    for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+    if "_build" not in path.parts
+}
+UNDER_MPI = "docs/mpi.md"  # its Python starts torch.distributed by itself
+ELSEWHERE = {"docs/integrations.md": "test_integrations.py"}  # run there, recipe by recipe, on models of several kinds
+every_page = pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
+
+
+def run_pages(rank: int, size: int, paths: list[Path]) -> list[list[str]]:
+    done = []
+    for path in paths:
+        done.append(pages.run(pages.read(path)))
+        gc.collect()  # DistributedDataParallel must go before its group
+    return done
+
+
+def test_python_runs_on_two_ranks(tmp_path: Path) -> None:
+    """In processes with a default group over gloo, as scripts under a launcher have it; the same ones for all pages."""
+    some = [page for name, page in PAGES.items() if page.titles() and name not in (UNDER_MPI, *ELSEWHERE)]
+    assert all(name in (Path(__file__).parent / test).read_text() for name, test in ELSEWHERE.items())
+    results = run_processes(2, run_pages, tmp_path, [page.path for page in some])
+    assert results == [[page.titles() for page in some]] * 2
+
+
+@pytest.mark.mpi
+def test_python_runs_under_mpi() -> None:
+    test_mpi: Any = pytest.importorskip("test_mpi")
+    if test_mpi.MPIEXEC is None:
+        pytest.skip("no mpiexec in PATH or beside this Python: syncbn[mpi]")
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed: syncbn[mpi]")
+    done = test_mpi.mpiexec(2, "../docs_worker.py", str(ROOT / UNDER_MPI))
+    assert done.returncode == 0, done.stdout
+
+
+@every_page
+def test_every_block_says_what_it_is(page: pages.Page) -> None:
+    """No Python hides from the tests in a block of another name, or among the commands."""
+    fences = re.findall(r"^\s*```(\S*)", page.path.read_text(), flags=re.MULTILINE)
+    known = {"python", "sh", "console", "text", "{toctree}", "{eval-rst}", "{include}", ""}
+    assert set(fences) <= known, set(fences) - known
+    for line in page.commands:
+        assert not re.search(r"^(import|from|def|class|for|with|assert) |^\w+ = |^\w+(\.\w+)*\(", line), line
+
+
+@every_page
+def test_commands_exist(page: pages.Page) -> None:
+    inline = [text for text in page.code if re.match(r"(make|python|mpiexec|syncbn-launch|torchrun|sbatch) \S", text)]
+    for command in page.commands + inline:
+        check_command(shlex.split(command, comments=True))
+
+
+def check_command(words: list[str]) -> None:
+    """Fails unless what a command line names is there: make's target, scripts, modules of ours, our own programs."""
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+    if not words:
+        return
+    program, *rest = words
+    assert (
+        program in ("make", "python", "pip", "mpiexec", "kubectl", "sbatch", "syncbn-launch", "torchrun")
+        or (ROOT / program).is_file()
+    ), words
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        targets = [word for word in rest if "=" not in word]
+        assert all(re.search(rf"^{re.escape(target)}:", makefile, flags=re.MULTILINE) for target in targets), words
+    for script in (word for word in rest if re.fullmatch(r"(examples|benchmarks|launch|tests)/\S+\.(py|sh)", word)):
+        assert (ROOT / script).is_file(), words
+    if "-m" in rest:
+        module = rest[rest.index("-m") + 1]
+        if module.startswith("syncbn"):
+            assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), words
+
+
+@every_page
+def test_links_and_files_exist(page: pages.Page) -> None:
+    for link in page.links:
+        target, _, anchor = link.partition("#")
+        if re.match(r"\w+:", link):
+            continue
+        where = (page.path.parent / target).resolve() if target else page.path
+        assert where.exists(), f"{page.path.name}: {link}"
+        assert where.is_relative_to(DOCS if page.path.is_relative_to(DOCS) else ROOT), f"{link}: not part of the site"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", where.read_text(), flags=re.MULTILINE)
+            assert anchor in {slug(title) for title in titles}, f"{page.path.name}: {link}"
+    for text in page.code:
+        found = re.match(r"(?:examples|launch|docs|tests|benchmarks|syncbn)/[\w./*-]+", text)
+        if found:
+            assert list(ROOT.glob(found[0].rstrip("/."))), f"{page.path.name}: {text}"
+
+
+def slug(title: str) -> str:
+    """The anchor that GitHub and the site give a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+@every_page
+def test_names_exist(page: pages.Page) -> None:
+    for text in page.code:
+        found = re.match(r"syncbn\.(\w+(?:\.\w+)*)(?![\w/.])", text)
+        if found and not (ROOT / "syncbn" / (found[1].replace(".", "/") + ".py")).exists():
+            thing: object = syncbn
+            for part in found[1].split("."):
+                if part == "mpi" and thing is syncbn:
+                    break  # (importing it would start MPI here)
+                thing = getattr(thing, part)
+
+
+@pytest.mark.integration
+def test_the_site_builds(tmp_path: Path) -> None:
+    pytest.importorskip("furo", reason="sphinx, myst-parser and furo are not installed (dependency group: docs)")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "api" / "index.html").read_text()
+    for name in syncbn.__all__:
+        assert f'id="syncbn.{name}"' in reference or f'id="module-syncbn.{name}"' in reference, name
+    for page in PAGES.values():
+        if page.path.is_relative_to(DOCS):
+            built = (tmp_path / page.path.relative_to(DOCS)).with_suffix(".html").read_text()
+            assert not re.search(r"<!-- python|\$\$|\{eval-rst\}", re.sub(r"<!--.*?-->", "", built, flags=re.DOTALL))
+            assert not re.search(r"https?://[^\"']*\.js", built), "a page needs a script from elsewhere"
+
+
+def test_a_wrong_piece_fails(tmp_path: Path) -> None:
+    """The machinery of this file can fail: in code, in a doctest, and it leaves out only what it is told to."""
+    path = tmp_path / "page.md"
+    path.write_text("# T\n\n```python\nx = 1\n```\n\n## A\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError):
+        pages.run(pages.read(path))
+    path.write_text("# T\n\n<!-- python\nx = 1\n-->\n\n```python\n>>> x\n2\n```\n")
+    with pytest.raises(AssertionError, match="Expected"):
+        pages.run(pages.read(path))
+    path.write_text("# T\n\n## A\n\n```python needs=cuda\n1 / 0\n```\n\n## B\n\n```python\nx = 1\n```\n")
+    assert pages.run(pages.read(path)) == ["B"]
