@@ -260,7 +260,7 @@ def check(case: Case) -> None:
 def test_far_data_are_as_exact_as_without_a_mask(ratio: float, world: int) -> None:
     """Against the same values as a batch of their own, in float32: no worse than twice the error without a mask."""
     generator = torch.Generator().manual_seed(2)
-    xs = [torch.randn(n, C, 400, generator=generator).add_(ratio) for n in (8, 3, 5)[:world]]
+    xs = [torch.randn(n, C, 9000, generator=generator).add_(ratio) for n in (8, 3, 5)[:world]]  # no small input
     masks = random_masks(xs, 0.5)
     gs = [torch.randn(x.shape, generator=generator) for x in xs]
     expected = masked_batch(xs, masks, gs)
@@ -348,6 +348,16 @@ def test_garbage_in_the_padding_changes_nothing(padding: float, options: dict[st
             assert torch.equal(bad[name].masked_select(mask), good[name].masked_select(mask)), name
         for name in ("dweight", "dbias", "running_mean", "running_var"):
             close(bad[name], good[name], 1e-6, 1e-6, name)
+
+
+def test_garbage_in_the_padding_and_second_derivatives_of_moments() -> None:
+    x = torch.randn(2, C, 4, dtype=torch.float64)
+    (mask,) = random_masks([x])
+    x = torch.where(mask, x, float("nan")).requires_grad_()
+    _, mean, var = functional.global_moments(x, mask=mask)
+    (first,) = torch.autograd.grad((mean * var).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad((first**2).sum(), x)
+    assert second.any() and torch.isfinite(second).all()
 
 
 def test_what_is_not_finite_at_a_valid_position_is_seen() -> None:
@@ -493,7 +503,7 @@ def test_autograd_checks(world: int) -> None:
     xs = [torch.randn(n, 2, 3, generator=generator, dtype=torch.float64) for n in (2, 1, 2)[:world]]
     masks = random_masks(xs)
     xs[0][~masks[0].expand_as(xs[0])] = float("nan")
-    gs = [torch.randn(x.shape, generator=generator).double() * mask for x, mask in zip(xs, masks, strict=True)]
+    gs = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in xs]
     weight = torch.tensor([0.7, -1.3], dtype=torch.float64)
 
     def body(rank: int, group: Any) -> list[Tensor]:
