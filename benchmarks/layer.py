@@ -8,6 +8,9 @@ For each shape and layout the sides run in turn in one process. Printed and writ
 the ratio of syncbn (synchronization included) to PyTorch's layer (without any), and to the copy floor: forward must
 read x twice and write y, backward must read x and dy twice and write dx, at the speed of a clone of x in the same run
 (one read and one write). Results are compared with float64 before anything is timed.
+
+With ``--rivals``, on two or more ranks, fairscale's layer (where it is installed) and a naive one made of
+differentiable all-reduces take their turns too, forward + backward.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import contextlib
 import importlib
 from collections.abc import Callable
 
+import rivals
 import timing
 import torch
 import torch.distributed as dist
@@ -56,7 +60,7 @@ class Side:
         return torch.autograd.grad(self.layer(self.x), self.wanted, self.grad)
 
 
-def check(layer: nn.Module, x: Tensor, grad: Tensor, group: dist.ProcessGroup | None) -> None:
+def check(layer: nn.Module, x: Tensor, grad: Tensor, group: dist.ProcessGroup | None, tolerance: float = 1e-5) -> None:
     """The synchronized layer against float64 batch norm on all ranks' data; raises if they differ."""
     xs, grads = [x], [grad]
     if group is not None:
@@ -71,12 +75,16 @@ def check(layer: nn.Module, x: Tensor, grad: Tensor, group: dist.ProcessGroup | 
     expected.backward(torch.cat(grads).double())
     assert whole.grad is not None
     mine = slice(0, len(x)) if group is None else slice(group.rank() * len(x), (group.rank() + 1) * len(x))
-    torch.testing.assert_close(y.double(), expected[mine], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(dx.double(), whole.grad[mine], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y.double(), expected[mine], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(dx.double(), whole.grad[mine], rtol=tolerance, atol=tolerance)
 
 
 def measure(
-    shape: tuple[int, ...], layout: torch.memory_format, rounds: int, group: dist.ProcessGroup | None
+    shape: tuple[int, ...],
+    layout: torch.memory_format,
+    rounds: int,
+    group: dist.ProcessGroup | None,
+    with_rivals: bool = False,
 ) -> dict[str, object]:
     """One row: medians in microseconds of both layers and of a clone, and the ratios."""
     torch.manual_seed(group.rank() if group is not None else 0)
@@ -88,8 +96,17 @@ def measure(
     times: dict[str, float] = {}
     x.requires_grad_()
     pair = {"nn": Side(plain, x, grad), "syncbn": Side(ours, x, grad)}
+    others: dict[str, Callable[[], object]] = {}
+    if with_rivals and group is not None and len(shape) == 4:
+        for name, convert in (("fairscale", rivals.fairscale), ("naive", rivals.naive)):
+            layer = convert(nn.Sequential(nn.BatchNorm2d(shape[1])))
+            if layer is not None:
+                check(layer, x.detach(), grad, group, tolerance=1e-3)
+                others[f"{name} both"] = Side(layer, x, grad).both
     for what in ("forward", "backward", "both"):
         sides: dict[str, Callable[[], object]] = {f"{name} {what}": getattr(side, what) for name, side in pair.items()}
+        if what == "both":
+            sides |= others
         times |= timing.in_turn(sides | {"clone": x.detach().clone}, rounds, group)
     row: dict[str, object] = {
         "shape": "x".join(map(str, shape)),
@@ -132,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="syncbn.SyncBatchNorm against nn.BatchNorm without sync")
     parser.add_argument("--backend", choices=("none", "gloo", "mpi4py"), default="none")
     parser.add_argument("--shapes", choices=SHAPES, default="targets")
+    parser.add_argument("--rivals", action="store_true", help="fairscale's and a naive layer as well")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     args = parser.parse_args()
@@ -150,14 +168,19 @@ def main() -> None:
             for layout in (torch.contiguous_format, torch.channels_last):
                 if layout is torch.channels_last and len(shape) != 4:
                     continue
-                row = measure(shape, layout, args.rounds, group)
+                row = measure(shape, layout, args.rounds, group, args.rivals)
                 rows.append(row)
                 if group is None or group.rank() == 0:
                     print(
                         f"{row['shape']:>16} {row['layout']:<14} nn {row['nn both us']:8.0f} us  "
                         f"syncbn {row['syncbn both us']:8.0f} us  ratio: forward {row['forward ratio']:.2f} "
                         f"backward {row['backward ratio']:.2f} both {row['both ratio']:.2f}  "
-                        f"over floor: {row['both over floor']:.2f}",
+                        f"over floor: {row['both over floor']:.2f}"
+                        + "".join(
+                            f"  {name} {row[f'{name} both us']:8.0f} us"
+                            for name in ("fairscale", "naive")
+                            if f"{name} both us" in row
+                        ),
                         flush=True,
                     )
     if group is None or group.rank() == 0:

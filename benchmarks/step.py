@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import warnings
 from collections.abc import Callable
 from typing import Any
 
+import rivals
 import timing
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,39 +54,6 @@ def resnet18() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
 
 
-class NaiveSyncBatchNorm(nn.BatchNorm2d):
-    """Mean and mean square averaged over ranks by differentiable all-reduces; equal batches assumed."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        moments = torch.cat([input.mean((0, 2, 3)), input.square().mean((0, 2, 3))])
-        moments = differentiable.all_reduce(moments) / dist.get_world_size()
-        mean, square = moments.chunk(2)
-        var = square - mean.square()
-        scale = self.weight * (var + self.eps).rsqrt()
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var, self.momentum)
-        return input * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
-
-
-def fairscale(module: nn.Module) -> nn.Module | None:
-    """The network with fairscale's layers, or None without the package."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            from fairscale.experimental.nn import SyncBatchNorm
-        except ImportError:
-            return None
-        return SyncBatchNorm.convert_sync_batchnorm(module)
-
-
-def naive(module: nn.Module) -> nn.Module:
-    for layer in module.modules():
-        if type(layer) is nn.BatchNorm2d:
-            layer.__class__ = NaiveSyncBatchNorm
-    return module
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="a training step with several batch norms")
     parser.add_argument("--backend", choices=("gloo", "mpi4py"), default="gloo")
@@ -105,8 +71,8 @@ def main() -> None:
     makers: dict[str, Callable[[nn.Module], nn.Module | None]] = {
         "local": lambda module: module,
         "syncbn": syncbn.convert_sync_batchnorm,
-        "fairscale": fairscale,
-        "naive": naive,
+        "fairscale": rivals.fairscale,
+        "naive": rivals.naive,
     }
     torch.manual_seed(1 + dist.get_rank())
     x = torch.randn(args.batch, 3, args.image, args.image).to(memory_format=form)
