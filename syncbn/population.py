@@ -88,7 +88,7 @@ def update_population_stats(
             the dtype of the running ones. Where the cause is one rank's alone, its peers raise RankMismatchError.
         RankMismatchError: the ranks' layers differ, or the loader or the forward of another rank raised.
         PeerLostError: a rank did not take part.
-        Whatever ``batches`` or ``forward`` raises, on this rank.
+        Exception: whatever ``batches`` or ``forward`` raises, on this rank.
 
     Collectives:
         One exchange of 2 float64 first; those of ``uneven.joined``, one of 2 float64 a step; the layers' own; at the

@@ -118,7 +118,7 @@ def joined(
     Raises:
         RankMismatchError: the loader of another rank raised, or another rank is in another call.
         PeerLostError: a rank did not take part.
-        Whatever ``loader``, ``count`` or ``empty`` raises, on this rank.
+        Exception: whatever ``loader``, ``count`` or ``empty`` raises, on this rank.
 
     Collectives:
         One exchange of 2 float64 a step, read on the host, and one at the end. In the first step two more if some ranks
