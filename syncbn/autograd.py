@@ -25,7 +25,8 @@ from torch import Tensor
 from syncbn import header, kernels, moments
 from syncbn.comm import Link
 from syncbn.header import Call
-from syncbn.moments import Moments
+from syncbn.kernels import HEAD
+from syncbn.moments import Moments, Running
 from syncbn.recompute import unseen
 
 
@@ -89,6 +90,18 @@ class Plan:
             self.link.warn_broken(parts, self.layer)
         return total
 
+    def fused(self, x: Tensor) -> Any:
+        """The kernels with the fused forms, if there are some for x, and the link takes a message from them."""
+        return kernels.fused(x) if self.link is None or self.link.in_place else None
+
+    def exchange_in_place(self, write: Callable[[Tensor, int, int], None], kind: int, width: int, x: Tensor) -> Tensor:
+        """The sum over all ranks of the payload of a message that ``write`` writes; see ``Link.exchange_in_place``."""
+        if self.link is not None:
+            return self.link.exchange_in_place(write, width, Call(kind, self.layer, self.flags))
+        message = torch.empty(HEAD + width, dtype=torch.float64, device=x.device)
+        write(message, 0, 0)
+        return message[HEAD:]
+
     def sum(self, payload: Tensor, kind: int) -> Tensor:
         """The sum of a float64 vector over all ranks."""
         return payload if self.link is None else self.link.sum(payload, Call(kind, self.layer, self.flags))
@@ -122,6 +135,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
         x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with unseen():
+            fused = plan.fused(x)
+            if fused is not None and _is_movable(plan.remember):
+                return _fused_forward(fused, x, weight, bias, residual, plan)
             total = plan.share(x)  # measure, share
             if plan.remember is not None:
                 plan.remember(total)
@@ -154,6 +170,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
             dx, dweight, dbias, g = _differentiable_backward(
                 ctx.plan, grad, x, weight, (mean, invstd), (bias, residual)
             )
+        elif (fused := ctx.plan.fused(x)) is not None and (needs_x or needs_weight or needs_bias):
+            dx, dweight, dbias, g = _fused_backward(fused, ctx, grad)
         else:
             g = grad
             if ctx.plan.relu:
@@ -241,6 +259,51 @@ class SumFunction(torch.autograd.Function):
     def vmap(*_: Any) -> Any:
         """Refuses: see ``refuse_vmap``."""
         refuse_vmap()
+
+
+def _fused_forward(
+    fused: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward of ``SyncBatchNormFunction`` in three launches and one sum over the ranks."""
+
+    def write(message: Tensor, tag: int, number: int) -> None:
+        fused.pack_moments(x, message, tag, number)
+
+    sums = plan.exchange_in_place(write, plan.kind, 2 * x.shape[1] + 1, x)
+    if x.numel() < 2 * x.shape[1]:
+        plan.refuse_one(moments.unpack_raw(sums), x)
+    to_move = plan.remember
+    running = (to_move.mean, to_move.var, to_move.momentum, to_move.batches) if isinstance(to_move, Running) else None
+    return fused.normalize_shared(x, sums, weight, bias, residual, plan.relu, plan.eps, running)
+
+
+def _fused_backward(fused: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """``(dx, dweight, dbias, g)`` in three launches and one sum, g being the gradient behind the ReLU."""
+    x, weight, bias, residual, mean, invstd, count = ctx.saved_tensors
+    plan = ctx.plan
+    needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
+    args = grad, x, mean, invstd, weight, bias, residual, plan.relu
+    dtypes = weight.dtype if needs_weight else None, ctx.bias_dtype if needs_bias else None
+    if not needs_x:
+        g = kernels.relu_gradient(*args[:-1]) if plan.relu and needs_residual else grad
+        return None, *fused.pack_gradient_sums(*args, None, 0, 0, dtypes), g
+    parameters: list[Tensor | None] = []
+
+    def write(message: Tensor, tag: int, number: int) -> None:
+        parameters.extend(fused.pack_gradient_sums(*args, message, tag, number, dtypes))
+
+    sums = plan.exchange_in_place(write, header.BACKWARD, 2 * x.shape[1], x)
+    dx, masked = fused.shared_input_gradient(*args, sums, count, plan.relu and needs_residual)
+    return dx, *parameters, grad if masked is None else masked
+
+
+def _is_movable(remember: Any) -> bool:
+    """Whether a kernel can carry out what is to be remembered: running statistics as plain vectors, or nothing."""
+    if remember is None:
+        return True
+    if not isinstance(remember, Running):
+        return False
+    return all(type(t) is Tensor and t.is_contiguous() for t in (remember.mean, remember.var) if t is not None)
 
 
 def _differentiable_backward(

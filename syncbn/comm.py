@@ -25,7 +25,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -80,10 +80,12 @@ class Link:
     Attributes:
         rank, size: in the group.
         sees_each_rank: whether ``exchange`` returns each rank's payload, or only their sum.
+        in_place: whether ``exchange_in_place`` is there: messages live on the device, and are summed there.
         broke_off: whether the last exchange ended in a refusal or a mismatch, of which every rank knows then.
     """
 
     sees_each_rank: bool
+    in_place = False
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self.rank: int = group.rank()
@@ -112,6 +114,21 @@ class Link:
 
         Collectives:
             One exchange with every peer, or one all-reduce of ``width + 6`` float64.
+        """
+        raise NotImplementedError
+
+    def exchange_in_place(self, write: Callable[[Tensor, int, int], None], width: int, call: Call) -> Tensor:
+        """``exchange`` of a message that the caller writes where it lies, without a copy.
+
+        Args:
+            write: called with the message, a float64 vector with room for ``width`` payload behind six slots, the tag
+                and this rank's number. It writes all of it: ``tag, tag^2, 0, 0, b, b * number``, where b is 1 if the
+                payload is not finite, else 0; the payload; and zeros.
+            width: of the payload.
+            call: as in ``exchange``.
+
+        Returns:
+            The sum of all ranks' payloads, shape ``(width,)``.
         """
         raise NotImplementedError
 
@@ -329,6 +346,7 @@ class AllReduce(Link):
         self._constants: dict[tuple[Call, int], Tensor] = {}  # slots on a device
         self._late: collections.deque[tuple[Any, Tensor, Call, int, int]] = collections.deque()
         self._broken = (0.0, 0.0)
+        self.in_place = device.type != "cpu"
 
     def exchange(self, payload: Tensor, call: Call) -> list[Tensor]:
         self._check_alive(call, payload.numel())
@@ -372,28 +390,42 @@ class AllReduce(Link):
             self._check(slots, call, width, self._number)
         return body
 
+    def exchange_in_place(self, write: Callable[[Tensor, int, int], None], width: int, call: Call) -> Tensor:
+        self._check_alive(call, width)
+        self.broke_off = False
+        body = self._sum_on_device(write, width, call)
+        self._number += 1
+        return body
+
     def _on_device(self, payload: Tensor, call: Call) -> Tensor:
         width = payload.numel()
+
+        def write(message: Tensor, tag: int, number: int) -> None:
+            constant = self._constants.get((call, width))
+            if constant is None:
+                slots = [float(tag), float(tag) ** 2, 0.0, 0.0]
+                constant = torch.tensor(slots, dtype=torch.float64, device=self._device)
+                self._constants[call, width] = constant
+            message.zero_()
+            message[self._HEAD : self._HEAD + width].copy_(payload)
+            message[:4] = constant
+            broken = (~torch.isfinite(payload.sum())).to(torch.float64)
+            message[4], message[5] = broken, broken * number
+
+        return self._sum_on_device(write, width, call)
+
+    def _sum_on_device(self, write: Callable[[Tensor, int, int], None], width: int, call: Call) -> Tensor:
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if not capturing:
             self._check_late()
-        constant = self._constants.get((call, width))
-        if constant is None:  # the call's number is left out: a new value each time would be a copy from the host
-            t = float(header.digest(header.encode(call, width, 0)))
-            constant = torch.tensor([t, t * t, 0.0, 0.0], dtype=torch.float64, device=self._device)
-            self._constants[call, width] = constant
-        message = torch.zeros(self._length(width), dtype=torch.float64, device=self._device)
-        body = message[self._HEAD : self._HEAD + width]
-        body.copy_(payload)
-        message[:4] = constant
-        broken = (~torch.isfinite(payload.sum())).to(torch.float64)
-        message[4], message[5] = broken, broken * (self.rank + 1)
+        message = torch.empty(self._length(width), dtype=torch.float64, device=self._device)
+        write(message, _tag(call, width), self.rank + 1)
         self._reduce(message, call, width)
         if _checks == "sync" and not capturing:
             self._check(tuple(message[: self._HEAD].tolist()), call, width, self._number)
         elif _checks == "on" and not capturing:
             self._check_later(message[: self._HEAD], call, width)
-        return body
+        return message[self._HEAD : self._HEAD + width]
 
     def _check_later(self, slots: Tensor, call: Call, width: int) -> None:
         if self._device.type != "cuda":
@@ -407,7 +439,11 @@ class AllReduce(Link):
     def _check_late(self) -> None:
         while self._late and self._late[0][0].query():
             _, slots, call, width, number = self._late.popleft()
-            self._check(tuple(slots.tolist()), call, width, number)
+            values = tuple(slots.tolist())
+            self._check(values, call, width, number)
+            if values[4] and call.kind in (header.FORWARD, header.MOMENTS):
+                self._broken = values[4:]
+                self.warn_broken((), call.layer)
 
     def _length(self, width: int) -> int:
         return -(-(self._HEAD + width) // self._bucket) * self._bucket
@@ -444,6 +480,12 @@ class AllReduce(Link):
             "All ranks must run the same layers in the same order and mode; "
             "syncbn.check_ranks_agree(model) compares the layers."
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _tag(call: Call, width: int) -> int:
+    """What ranks on a device compare. The call's number is left out: a constant needs no copy from the host."""
+    return header.digest(header.encode(call, width, 0))
 
 
 def _silent_ranks(group: Any, number: int, among: Sequence[int]) -> list[int]:

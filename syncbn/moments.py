@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -162,7 +163,8 @@ def update_running_stats(
         _lerp_(running, batch, momentum)
 
 
-class Running(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Running:
     """The running statistics of a layer, and how the moments of a batch move them: as data, for a kernel to carry out.
 
     Attributes:

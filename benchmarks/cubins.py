@@ -1,0 +1,198 @@
+"""Compile the GPU kernels ahead of time, without a GPU: what the compiler makes of each variant.
+
+    python benchmarks/cubins.py                  # compute capability 9.0 and 8.0
+    python benchmarks/cubins.py --arch 90 --sass # and how wide its accesses are, counted in the machine code
+
+The kernels are called as the layer calls them, for a set of shapes, layouts and dtypes; what would be launched is
+compiled to machine code by the assembler that Triton brings along. Printed and written to a CSV: registers per thread,
+bytes spilled to local memory, shared memory, and how many accesses of 16 bytes and of less the code has. Fails if a
+variant spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timing
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from syncbn.kernels import triton as kernels
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+LARGE = (64, 256, 56, 56)
+SHAPES = [LARGE, (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7), (2, 64, 112, 112), (4096, 256), (64, 3, 5)]
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+}
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Within it nothing is launched; what would have been is in the list."""
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(device: torch.device, kernel: Any, number: int, *args: Any, **options: Any) -> None:
+        launches.append((kernel, args, options))
+
+    original, kernels._launch = kernels._launch, record
+    try:
+        yield launches
+    finally:
+        kernels._launch = original
+
+
+def step(shape: tuple[int, ...], dtype: torch.dtype, columns: bool, relu: bool, half: bool = False) -> None:
+    """All launches of a training step of one layer, and those of the functions by themselves."""
+    x, g, r = (torch.empty(shape, dtype=dtype, device="cpu") for _ in range(3))
+    if columns:
+        x, g, r = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, g, r))
+    channels = shape[1]
+    residual = r if relu else None
+    parameters = torch.float16 if half else torch.float32
+    weight, bias = (None, None) if half and not relu else (torch.empty(channels, dtype=parameters) for _ in range(2))
+    message = torch.empty(2 * channels + 7, dtype=torch.float64)
+    running = torch.empty(channels), torch.empty(channels), None if half else 0.1, torch.zeros((), dtype=torch.int64)
+    kernels.pack_moments(x, message, 77, 3)
+    sums = message[6 : 7 + 2 * channels]
+    _, mean, invstd, count = kernels.normalize_shared(x, sums, weight, bias, residual, relu, 1e-5, running)
+    args = g, x, mean, invstd, weight, bias, residual, relu
+    dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
+    kernels.pack_gradient_sums(*args, message, 77, 3, dtypes)
+    kernels.shared_input_gradient(*args, sums[:-1], count, relu)
+    kernels.moments(x)
+    kernels.normalize(x, mean, invstd, weight, bias, residual, relu)
+    kernels.gradient_sums(g, x, mean, invstd)
+    kernels.input_gradient(g, x, mean, invstd, weight, sums[:-1], count)
+    if relu:
+        kernels.relu_gradient(g, x, mean, invstd, weight, bias, residual)
+
+
+def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, int]:
+    """What a launch compiles: types of the arguments, constants, and which pointers are multiples of 16 bytes."""
+    options = dict(options)
+    warps = options.pop("warps", 4)
+    names = kernel.arg_names
+    values = dict(zip(names, args, strict=False)) | options
+    assert set(values) == set(names), (kernel, set(names) ^ set(values))
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[index,] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = f"*{TYPES[value.dtype]}"
+            if value.data_ptr() % 16 == 0:
+                attributes[index,] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = parameter.annotation_type or "fp32"
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
+    return ASTSource(kernel, signature, constants, attributes), warps
+
+
+def variants(quick: bool) -> list[tuple[str, ASTSource, int]]:
+    """Every different kernel that the shapes lead to, with a description."""
+    found: dict[str, tuple[str, ASTSource, int]] = {}
+    # (No memory is touched: these tensors are only looked at.)
+    cases = [(shape, dtype, columns, relu, False)
+             for shape in SHAPES for dtype in (torch.bfloat16, torch.float32)
+             for columns in (False, True) for relu in (False, True) if len(shape) > 2 or not columns]  # fmt: skip
+    cases += [
+        ((64, 48, 3, 5), torch.float16, columns, relu, True) for columns in (False, True) for relu in (False, True)
+    ]
+    if quick:
+        cases = [case for case in cases if case[0] in ((64, 3, 5), (64, 48, 3, 5)) and case[1] is not torch.float32]
+    for wide in (False, True):
+        kernels._WIDE, before = (0 if wide else kernels._WIDE), kernels._WIDE
+        for shape, dtype, columns, relu, half in cases[:: 9 if wide else 1]:
+            with recorded() as launches:
+                step(shape, dtype, columns, relu, half)
+            for kernel, args, options in launches:
+                made, warps = source(kernel, args, options)
+                layout = "columns" if columns else "rows"
+                what = f"{kernel.__name__} {'x'.join(map(str, shape))} {layout} {dtype}".replace("torch.", "")
+                what += (" relu" if relu else "") + (" wide" if wide else "")
+                found.setdefault(made.hash() + str(warps), (what, made, warps))
+        kernels._WIDE = before
+    return list(found.values())
+
+
+def accesses(cubin: bytes) -> tuple[int, int]:
+    """Accesses to global memory in the machine code: those of 16 bytes, and narrower ones."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [BIN / "cuobjdump", "--dump-sass", file.name], capture_output=True, text=True, check=True,
+            env={"PATH": f"{BIN}:/usr/bin:/bin"},
+        ).stdout  # fmt: skip
+    found = re.findall(r"\b(?:LDG|STG)(\.[\w.]+)", text)
+    wide = sum(".128" in name for name in found)
+    return wide, len(found) - wide
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers per thread, and bytes of stack and shared memory, as the assembler recorded them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [BIN / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True,
+            env={"PATH": f"{BIN}:/usr/bin:/bin"},
+        ).stdout  # fmt: skip
+    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text))
+    return {name: int(value) for name, value in usage.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="compile the GPU kernels without a GPU")
+    parser.add_argument("--arch", type=int, nargs="+", default=[90, 80])
+    parser.add_argument("--sass", action="store_true", help="count accesses in the machine code")
+    parser.add_argument("--quick", action="store_true", help="a few small variants")
+    parser.add_argument("--only", default="", help="variants whose description contains this")
+    args = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    spilled = []
+    for what, made, warps in variants(args.quick):
+        if args.only not in what:
+            continue
+        for arch in args.arch:
+            done = triton.compile(made, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+            usage = resources(done.asm["cubin"])
+            row: dict[str, object] = {
+                "kernel": what, "arch": arch, "warps": warps, "registers": usage["REG"], "stack": usage["STACK"],
+                "local": usage.get("LOCAL", 0), "shared": done.metadata.shared,
+            }  # fmt: skip
+            if args.sass:
+                row["16-byte accesses"], row["narrower"] = accesses(done.asm["cubin"])
+            rows.append(row)
+            print("  ".join(f"{key} {value}" if key != "kernel" else f"{value:<70}" for key, value in row.items()))
+            if usage["STACK"] or usage.get("LOCAL"):
+                spilled.append(row)
+    print(f"{len(rows)} kernels compiled by Triton {triton.__version__}, {len(spilled)} with local memory")
+    if not args.only and not args.quick:
+        print(f"written: {timing.write_csv('cubins.csv', [row | {'triton': triton.__version__} for row in rows])}")
+    if spilled:
+        raise SystemExit(f"local memory is used: {spilled}")
+
+
+if __name__ == "__main__":
+    main()

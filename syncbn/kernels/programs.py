@@ -1,0 +1,473 @@
+# mypy: ignore-errors
+# ruff: noqa: SIM102, PIE808
+"""The Triton programs of `syncbn.kernels.triton`: what one block of threads does.
+
+All programs see the input the same way, as `(images, channels, size)` with offsets
+
+    (image * channels + channel) * size + position
+
+which is the default layout; with `size = 1` it is a matrix `(elements, C)`, channels innermost (`COLUMNS`). A *tile* is
+`BC` channels by `BN` images of `BP` positions, seen as `(BC, BN * BP)`; an *item* is the place of a tile along images
+and positions. A program works on one block of channels, and on the items of one *split*.
+
+`units * ALIGN` is the length of a row of memory (the size, or the channels with `COLUMNS`): written so, the compiler
+knows that rows begin at multiples of `ALIGN`, and loads 16 bytes at a time where it is large enough. `WIDE` makes all
+offsets 64 bits wide.
+
+Reductions: each lane of a tile adds up to `RUN` values in float32, about a pivot that is a mean of a `RUN`-th of them
+or more; then the tile is summed in float32, and all further sums are float64, in an order that the shape alone fixes.
+Element by element nothing is float64: that would cost more than the memory.
+"""
+
+import triton
+import triton.language as tl
+
+HEAD = tl.constexpr(6)  # slots in front of a message's payload
+BUCKET = tl.constexpr(1024)  # a message is never longer than its content by more than this
+RUN = tl.constexpr(32)
+
+
+@triton.jit
+def _tile(
+    item, block, images, channels, size, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr
+):
+    """Offset of a tile's first element, the other elements' distances from it, their mask, and elements per channel."""
+    index_type: tl.constexpr = tl.int64 if WIDE else tl.int32
+    item = tl.cast(item, index_type)
+    pieces = tl.cdiv(size, BP)
+    image = item // pieces * BN
+    position = item % pieces * BP
+    channel = tl.cast(block, index_type) * BC
+    c = tl.arange(0, BC).to(index_type)
+    q = tl.arange(0, BN * BP)
+    n = (q // BP).to(index_type)
+    p = (q % BP).to(index_type)
+    start = (image * channels + channel) * size + position
+    distances = (c * size)[:, None] + (n * (channels * size) + p)[None, :]
+    mask = (channel + c < channels)[:, None] & ((image + n < images) & (position + p < size))[None, :]
+    valid = tl.minimum(images - image, BN) * tl.minimum(size - position, BP)
+    return start, distances, mask, valid.to(tl.int32)
+
+
+@triton.jit
+def _number_of_items(images, size, BN: tl.constexpr, BP: tl.constexpr):
+    return tl.cdiv(images, BN) * tl.cdiv(size, BP)
+
+
+@triton.jit
+def _is_finite(values):
+    return values - values == 0
+
+
+@triton.jit
+def _at_least_zero(values):
+    return tl.where(values < 0, 0.0, values)  # NaN stays
+
+
+@triton.jit
+def _run_moments(
+    x, block, first, step, end, images, channels, size,
+    BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Count, mean and sum of squared deviations of the items `first, first + step, ...` below `end`, `RUN` at most."""
+    start, distances, mask, valid = _tile(first, block, images, channels, size, BC, BN, BP, WIDE)
+    values = tl.load(x + start + distances, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    pivot = tl.sum(values, 1) / valid
+    total = tl.zeros([BC, BN * BP], tl.float32)
+    square = tl.zeros([BC, BN * BP], tl.float32)
+    count = tl.full([], 0, tl.int32)
+    for item in range(first, end, step):
+        start, distances, mask, valid = _tile(item, block, images, channels, size, BC, BN, BP, WIDE)
+        values = tl.load(x + start + distances, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        d = tl.where(mask, values - pivot[:, None], 0.0)
+        total += d
+        square += d * d
+        count += valid
+    n = count.to(tl.float64)
+    sum_d = tl.sum(total, 1).to(tl.float64)
+    m2 = _at_least_zero(tl.sum(square, 1).to(tl.float64) - sum_d * sum_d / n)
+    return n, pivot.to(tl.float64) + sum_d / n, m2
+
+
+@triton.jit
+def _split_moments(
+    x, block, split, splits, images, channels, size,
+    BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """Count, mean and sum of squared deviations of one split: items `split, split + splits, ...`."""
+    items = _number_of_items(images, size, BN, BP)
+    if RUNS == 1:
+        n, mean, m2 = _run_moments(x, block, split, splits, items, images, channels, size, BC, BN, BP, WIDE)
+    else:  # none, or many
+        n = tl.full([], 0.0, tl.float64)
+        mean = tl.zeros([BC], tl.float64)
+        m2 = tl.zeros([BC], tl.float64)
+        for first in range(split, items, splits * RUN):
+            end = tl.minimum(first + splits * RUN, items)
+            n_run, mean_run, m2_run = _run_moments(
+                x, block, first, splits, end, images, channels, size, BC, BN, BP, WIDE
+            )
+            union = n + n_run
+            delta = mean_run - mean
+            mean += delta * (n_run / union)
+            m2 += m2_run + delta * delta * (n * n_run / union)
+            n = union
+    return n, mean, m2
+
+
+@triton.jit
+def _write_head(message, tag, number, length, content, broken):
+    """The slots in front of the payload, and zeros behind it."""
+    slot = tl.arange(0, 8)
+    t = tl.cast(tag, tl.float64)
+    values = tl.where(slot == 0, t, 0.0)
+    values = tl.where(slot == 1, t * t, values)
+    values = tl.where(slot == 4, broken, values)
+    values = tl.where(slot == 5, broken * tl.cast(number, tl.float64), values)
+    tl.store(message + slot, values, mask=slot < HEAD)
+    tail = content + tl.arange(0, BUCKET)
+    tl.store(message + tail, tl.zeros([BUCKET], tl.float64), mask=tail < length)
+
+
+@triton.jit
+def _write_pair(payload, first, second, c, inside, channels):
+    tl.store(payload + c, first, mask=inside)
+    tl.store(payload + channels + c, second, mask=inside)
+
+
+@triton.jit
+def _any_broken(first, second, inside):
+    broken = inside & ~(_is_finite(first) & _is_finite(second))
+    return tl.max(broken.to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=["tag", "number", "length", "images", "channels", "units", "splits"])
+def measure(
+    x, counts, means, squares, message, tag, number, length, images, channels, units, splits,
+    COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+    WIDE: tl.constexpr, RUNS: tl.constexpr, HEADED: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Moments of each split; with `WHOLE`, the one program there is writes the message at once."""
+    if COLUMNS:
+        channels = units * ALIGN
+        size = 1
+    else:
+        size = units * ALIGN
+    blocks = tl.cdiv(channels, BC)
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks
+    n, mean, m2 = _split_moments(x, block, split, splits, images, channels, size, BC, BN, BP, WIDE, RUNS)
+    c = block * BC + tl.arange(0, BC)
+    inside = c < channels
+    if WHOLE:
+        first, second = mean, m2
+        if RAW:
+            first = n * mean
+            second = m2 + first * mean
+        payload = message
+        if HEADED:
+            payload = message + HEAD
+            broken = _any_broken(first, second, inside).to(tl.float64)
+            _write_head(message, tag, number, length, HEAD + 1 + 2 * channels, broken)
+        tl.store(payload, n)
+        _write_pair(payload + 1, first, second, c, inside, channels)
+    else:
+        place = split * channels + c
+        tl.store(means + place, mean, mask=inside)
+        tl.store(squares + place, m2, mask=inside)
+        if block == 0:
+            tl.store(counts + split, n)
+        if HEADED:
+            if tl.program_id(0) == 0:
+                _write_head(message, tag, number, length, HEAD + 1 + 2 * channels, 0.0)
+
+
+@triton.jit(do_not_specialize=["number", "channels", "splits"])
+def finish_moments(
+    counts, means, squares, message, number, channels, splits,
+    BC: tl.constexpr, BS: tl.constexpr, HEADED: tl.constexpr, RAW: tl.constexpr,
+):  # fmt: skip
+    """Merge the moments of all splits, and write the payload of the message."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside = c < channels
+    n = tl.full([], 0.0, tl.float64)
+    first = tl.zeros([BC], tl.float64)
+    second = tl.zeros([BC], tl.float64)
+    for start in range(0, splits, BS):
+        s = start + tl.arange(0, BS)
+        place = s[:, None] * channels + c[None, :]
+        mask = (s < splits)[:, None] & inside[None, :]
+        count = tl.load(counts + s, mask=s < splits, other=0.0)
+        weighted = count[:, None] * tl.load(means + place, mask=mask, other=0.0)
+        n += tl.sum(count, 0)
+        first += tl.sum(weighted, 0)
+        if RAW:
+            mean = tl.load(means + place, mask=mask, other=0.0)
+            second += tl.sum(tl.load(squares + place, mask=mask, other=0.0) + weighted * mean, 0)
+    if not RAW:
+        first = first / tl.maximum(n, 1.0)
+        for start in range(0, splits, BS):
+            s = start + tl.arange(0, BS)
+            place = s[:, None] * channels + c[None, :]
+            mask = (s < splits)[:, None] & inside[None, :]
+            count = tl.load(counts + s, mask=s < splits, other=0.0)
+            d = tl.load(means + place, mask=mask, other=0.0) - first[None, :]
+            second += tl.sum(tl.load(squares + place, mask=mask, other=0.0) + count[:, None] * d * d, 0)
+    payload = message
+    if HEADED:
+        payload = message + HEAD
+        # Many programs may store here, all the same: the zeros were stored by the kernel before.
+        broken = _any_broken(first, second, inside) > 0
+        tl.store(message + 4, 1.0, mask=broken)
+        tl.store(message + 5, tl.cast(number, tl.float64), mask=broken)
+    if tl.program_id(0) == 0:
+        tl.store(payload, n)
+    _write_pair(payload + 1, first, second, c, inside, channels)
+
+
+@triton.jit
+def _read_sums(sums, c, inside, channels, eps):
+    """Count, mean, sum of squared deviations and inverse deviation out of `(n, S[C], Q[C])`."""
+    n = tl.load(sums)
+    total = tl.load(sums + 1 + c, mask=inside, other=0.0)
+    squares = tl.load(sums + 1 + channels + c, mask=inside, other=0.0)
+    divisor = tl.maximum(n, 1.0)
+    mean = total / divisor
+    m2 = _at_least_zero(squares - mean * total)
+    return n, mean, m2, 1.0 / tl.sqrt(m2 / divisor + eps)
+
+
+@triton.jit
+def _affine(mean, invstd, weight, bias, c, inside):
+    """Pivot, scale and shift in float32, so that `(x - pivot) * scale + shift` is the output."""
+    scale = invstd
+    if weight is not None:
+        scale = invstd * tl.load(weight + c, mask=inside, other=0.0).to(tl.float64)
+    pivot = mean.to(tl.float32)
+    shift = (pivot.to(tl.float64) - mean) * scale
+    if bias is not None:
+        shift += tl.load(bias + c, mask=inside, other=0.0).to(tl.float64)
+    return pivot, scale.to(tl.float32), shift.to(tl.float32)
+
+
+@triton.jit
+def _output(values, pivot, scale, shift, residual, place, mask, EVICT: tl.constexpr):
+    """What the layer gives before its activation; forward and backward must agree on its sign to the last bit."""
+    d = values - pivot[:, None]
+    y = tl.fma(d, tl.broadcast_to(scale[:, None], d.shape), tl.broadcast_to(shift[:, None], d.shape))
+    if residual is not None:
+        y += tl.load(residual + place, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _move(running, values, keep, momentum, c, inside):
+    """`running += momentum * (values - running)`, in float32 for float32 and in float64 for others."""
+    old = tl.load(running + c, mask=inside, other=0.0)
+    if running.dtype.element_ty == tl.float32:
+        work: tl.constexpr = tl.float32
+    else:
+        work: tl.constexpr = tl.float64
+    weight = tl.zeros_like(values).to(work) + tl.cast(momentum, work)
+    moved = tl.fma(weight, values.to(work) - old.to(work), old.to(work))
+    tl.store(running + c, tl.where(keep, old, moved.to(old.dtype)), mask=inside)
+
+
+@triton.jit
+def _remember(running_mean, running_var, n, mean, m2, momentum, c, inside):
+    """Move the running statistics, but for an empty batch, and for channels that are not finite in their dtype."""
+    var = m2 / tl.maximum(n - 1.0, 1.0)
+    finite = _is_finite(mean.to(running_mean.dtype.element_ty)) & _is_finite(var.to(running_var.dtype.element_ty))
+    keep = ~(finite & (n > 0))
+    _move(running_mean, mean, keep, momentum, c, inside)
+    _move(running_var, var, keep, momentum, c, inside)
+
+
+@triton.jit(do_not_specialize=["images", "channels", "units", "per_split"])
+def normalize(
+    x, y, residual, weight, bias, sums, mean, invstd, count, running_mean, running_var, batches,
+    momentum: tl.float64, eps: tl.float64, images, channels, units, per_split,
+    COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+    WIDE: tl.constexpr, RELU: tl.constexpr, CUMULATIVE: tl.constexpr,
+):  # fmt: skip
+    """Write the output; with `sums`, derive mean and invstd from them first, write these, and update the running ones.
+
+    Items are taken from the last to the first: the last of them were read last before, and may still be in the cache.
+    """
+    if COLUMNS:
+        channels = units * ALIGN
+        size = 1
+    else:
+        size = units * ALIGN
+    blocks = tl.cdiv(channels, BC)
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks
+    c = block * BC + tl.arange(0, BC)
+    inside = c < channels
+    if sums is not None:
+        n, mu, m2, deviation = _read_sums(sums, c, inside, channels, eps)
+        if split == 0:
+            tl.store(mean + c, mu, mask=inside)
+            tl.store(invstd + c, deviation, mask=inside)
+            if running_mean is not None:
+                if not CUMULATIVE:
+                    _remember(running_mean, running_var, n, mu, m2, momentum, c, inside)
+        if tl.program_id(0) == 0:
+            tl.store(count, n)
+            if batches is not None:
+                counted = tl.load(batches) + (n > 0).to(tl.int64)
+                tl.store(batches, counted)
+                if CUMULATIVE:
+                    # By this program for all channels: another one might read the counter before or after the store.
+                    weight_of_new = 1.0 / tl.maximum(counted, 1).to(tl.float64)
+                    for other in range(0, blocks):
+                        k = other * BC + tl.arange(0, BC)
+                        _, mu_k, m2_k, _ = _read_sums(sums, k, k < channels, channels, eps)
+                        _remember(running_mean, running_var, n, mu_k, m2_k, weight_of_new, k, k < channels)
+    else:
+        mu = tl.load(mean + c, mask=inside, other=0.0)
+        deviation = tl.load(invstd + c, mask=inside, other=0.0)
+    pivot, scale, shift = _affine(mu, deviation, weight, bias, c, inside)
+    items = _number_of_items(images, size, BN, BP)
+    for k in range(split * per_split, tl.minimum((split + 1) * per_split, items)):
+        start, distances, mask, _ = _tile(items - 1 - k, block, images, channels, size, BC, BN, BP, WIDE)
+        place = start + distances
+        values = tl.load(x + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        out = _output(values, pivot, scale, shift, residual, place, mask, "evict_first")
+        if RELU:
+            out = tl.where(out <= 0, 0.0, out)  # NaN stays
+        tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _masked_gradient(g, out, like: tl.constexpr):
+    """The gradient before the rectifier: zero where the output, as it was stored, is not positive."""
+    return tl.where(out.to(like).to(tl.float32) <= 0, 0.0, g)
+
+
+@triton.jit(do_not_specialize=["images", "channels", "units", "splits"])
+def sum_gradients(
+    grad, x, residual, weight, bias, mean, invstd, totals, dots, images, channels, units, splits,
+    COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+    WIDE: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """`sum g` and `sum g * (x - pivot)` of each split, the pivot being the mean rounded to float32."""
+    if COLUMNS:
+        channels = units * ALIGN
+        size = 1
+    else:
+        size = units * ALIGN
+    blocks = tl.cdiv(channels, BC)
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks
+    c = block * BC + tl.arange(0, BC)
+    inside = c < channels
+    mu = tl.load(mean + c, mask=inside, other=0.0)
+    pivot, scale, shift = _affine(mu, tl.load(invstd + c, mask=inside, other=0.0), weight, bias, c, inside)
+    items = _number_of_items(images, size, BN, BP)
+    sum_g = tl.zeros([BC], tl.float64)
+    sum_gd = tl.zeros([BC], tl.float64)
+    for first in range(split, items, splits * RUN):
+        total = tl.zeros([BC, BN * BP], tl.float32)
+        dot = tl.zeros([BC, BN * BP], tl.float32)
+        for item in range(first, tl.minimum(first + splits * RUN, items), splits):
+            start, distances, mask, _ = _tile(item, block, images, channels, size, BC, BN, BP, WIDE)
+            place = start + distances
+            g = tl.load(grad + place, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            values = tl.load(x + place, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            if RELU:
+                out = _output(values, pivot, scale, shift, residual, place, mask, "evict_last")
+                g = _masked_gradient(g, out, x.dtype.element_ty)
+            total += g
+            dot += g * (values - pivot[:, None])
+        sum_g += tl.sum(total, 1).to(tl.float64)
+        sum_gd += tl.sum(dot, 1).to(tl.float64)
+    place = split * channels + c
+    tl.store(totals + place, sum_g, mask=inside)
+    tl.store(dots + place, sum_gd, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tag", "number", "length", "channels", "splits"])
+def finish_gradients(
+    totals, dots, mean, invstd, message, dweight, dbias, tag, number, length, channels, splits,
+    BC: tl.constexpr, BS: tl.constexpr, HEADED: tl.constexpr,
+):  # fmt: skip
+    """Add up the sums of all splits; write the message, and the gradients of the parameters."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside = c < channels
+    total = tl.zeros([BC], tl.float64)
+    dot = tl.zeros([BC], tl.float64)
+    for start in range(0, splits, BS):
+        s = start + tl.arange(0, BS)
+        place = s[:, None] * channels + c[None, :]
+        mask = (s < splits)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(totals + place, mask=mask, other=0.0), 0)
+        dot += tl.sum(tl.load(dots + place, mask=mask, other=0.0), 0)
+    mu = tl.load(mean + c, mask=inside, other=0.0)
+    pivot = mu.to(tl.float32).to(tl.float64)
+    dot = (dot + (pivot - mu) * total) * tl.load(invstd + c, mask=inside, other=0.0)
+    if message is not None:
+        payload = message
+        if HEADED:
+            payload = message + HEAD
+            if tl.program_id(0) == 0:
+                _write_head(message, tag, number, length, HEAD + 2 * channels, 0.0)
+        _write_pair(payload, total, dot, c, inside, channels)
+    if dweight is not None:
+        tl.store(dweight + c, dot.to(dweight.dtype.element_ty), mask=inside)
+    if dbias is not None:
+        tl.store(dbias + c, total.to(dbias.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["images", "channels", "units", "per_split"])
+def input_gradient(
+    grad, x, residual, weight, bias, mean, invstd, sums, count, dx, dresidual, images, channels, units, per_split,
+    COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+    WIDE: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """`dx`, and the gradient behind the rectifier, whichever is asked for; items from the last to the first."""
+    if COLUMNS:
+        channels = units * ALIGN
+        size = 1
+    else:
+        size = units * ALIGN
+    blocks = tl.cdiv(channels, BC)
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks
+    c = block * BC + tl.arange(0, BC)
+    inside = c < channels
+    mu = tl.load(mean + c, mask=inside, other=0.0)
+    deviation = tl.load(invstd + c, mask=inside, other=0.0)
+    pivot, scale, shift = _affine(mu, deviation, weight, bias, c, inside)
+    if dx is not None:
+        n = tl.maximum(tl.load(count), 1.0)
+        slope = tl.load(sums + channels + c, mask=inside, other=0.0) / n * deviation
+        level = tl.load(sums + c, mask=inside, other=0.0) / n + slope * (pivot.to(tl.float64) - mu)
+        wide_scale = deviation
+        if weight is not None:
+            wide_scale = deviation * tl.load(weight + c, mask=inside, other=0.0).to(tl.float64)
+        slope_of_x = slope.to(tl.float32)
+        offset = (-level * wide_scale).to(tl.float32)
+    items = _number_of_items(images, size, BN, BP)
+    for k in range(split * per_split, tl.minimum((split + 1) * per_split, items)):
+        start, distances, mask, _ = _tile(items - 1 - k, block, images, channels, size, BC, BN, BP, WIDE)
+        place = start + distances
+        g = tl.load(grad + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        values = tl.load(x + place, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if RELU:
+            out = _output(values, pivot, scale, shift, residual, place, mask, "evict_first")
+            g = _masked_gradient(g, out, x.dtype.element_ty)
+        if dresidual is not None:
+            tl.store(dresidual + place, g.to(dresidual.dtype.element_ty), mask=mask)
+        if dx is not None:
+            slopes = tl.broadcast_to(slope_of_x[:, None], g.shape)
+            d = tl.fma(pivot[:, None] - values, slopes, g)
+            scales = tl.broadcast_to(scale[:, None], g.shape)
+            out = tl.fma(d, scales, tl.broadcast_to(offset[:, None], g.shape))
+            tl.store(dx + place, out.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def probe(x):
+    """Next to nothing, to see that kernels can be compiled and launched at all."""
+    tl.store(x, 1.0)
