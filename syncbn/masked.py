@@ -154,7 +154,7 @@ class MaskedBatchNormFunction(torch.autograd.Function):
                 scale = per_channel(invstd if weight is None else invstd * weight, x)
                 direct = (g * scale).to(dx.dtype)  # the statistics do not depend on a padded position
                 if clean is not x:
-                    direct = torch.where(torch.isfinite(x), direct, 0)
+                    direct = torch.where(clean == x, direct, 0)
                 torch.where(mask, dx, direct, out=dx)
         return (
             dx,
@@ -226,7 +226,7 @@ def _differentiable_backward(
     scale = invstd if weight is None else invstd * weight
     dx = (g - torch.where(mask, level + xhat * slope, 0)) * per_channel(scale, x)
     if x is not given:
-        dx = torch.where(mask | torch.isfinite(given), dx, 0)
+        dx = torch.where(mask | (x == given), dx, 0)
     return dx.to(x.dtype), dweight, dbias
 
 
@@ -245,9 +245,12 @@ def local_moments(x: Tensor, mask: Tensor, *, raw: bool) -> Tensor:
     positions = math.prod((x.shape[0], *x.shape[2:]))
     n = mask.sum(dtype=torch.float64) * (positions / max(mask.numel(), 1))
     divisor = n.clamp(min=1.0)
-    rough = torch.where(mask, x, 0).sum(_reduced(x), dtype=compute_dtype(x)) / divisor
-    pivot = rough.to(compute_dtype(x))
-    deviations = torch.where(mask, x - per_channel(pivot, x), 0)
+    may_multiply = _is_finite(x)  # a third of the time of where, but zero times NaN is NaN
+    valid = x * mask if may_multiply else torch.where(mask, x, 0)
+    pivot = (valid.sum(_reduced(x), dtype=compute_dtype(x)) / divisor).to(compute_dtype(x))
+    del valid
+    deviations = x - per_channel(pivot, x)
+    deviations = deviations.mul_(mask) if may_multiply else torch.where(mask, deviations, 0)
     packed = kernels.moments(deviations, raw=True)
     total, square = packed[1 : channels + 1], packed[channels + 1 :]
     mean = pivot + total / divisor
@@ -259,9 +262,12 @@ def local_moments(x: Tensor, mask: Tensor, *, raw: bool) -> Tensor:
 
 def finite_padding(x: Tensor, mask: Tensor) -> Tensor:
     """``x`` with zeros for what is not finite at padded positions: itself, where looking is cheap and finds nothing."""
-    if x.is_cpu and math.isfinite(x.detach().sum(dtype=compute_dtype(x)).item()):
-        return x
-    return torch.where(mask | torch.isfinite(x), x, 0)
+    return x if _is_finite(x) else torch.where(mask, x, torch.nan_to_num(x, 0.0, 0.0, 0.0))
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all of ``x`` is known to be finite: where looking is cheap, on a CPU."""
+    return x.is_cpu and math.isfinite(x.detach().sum(dtype=compute_dtype(x)).item())
 
 
 def _reduced(x: Tensor) -> list[int]:
