@@ -1,14 +1,28 @@
 """The per-rank arithmetic of synchronized batch normalization, as plain formulas in float64: the ground truth.
 
-Every function takes and returns what its namesake in `syncbn.kernels.aten` does; that module documents the
-shapes once. Here each line is the formula of the mathematics, everything is computed in float64, and only
-the result is rounded to the dtype of the input. Nothing is tuned: tests compare the fast kernels with this.
+Every function takes and returns what its namesake in `syncbn.kernels.aten` does, or for the fused forms of a CUDA device
+in `syncbn.kernels.triton`; these modules document the shapes once. Here each line is the formula of the mathematics,
+everything is computed in float64, and only the result is rounded to the dtype of the input. Nothing is tuned: tests
+compare the fast kernels with this.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["gradient_sums", "input_gradient", "moments", "normalize", "relu_gradient"]
+__all__ = [
+    "gradient_sums",
+    "input_gradient",
+    "moments",
+    "normalize",
+    "normalize_shared",
+    "pack_gradient_sums",
+    "pack_moments",
+    "relu_gradient",
+    "shared_input_gradient",
+]
 
 
 def moments(x: Tensor, *, raw: bool = False) -> Tensor:
@@ -131,6 +145,133 @@ def relu_gradient(
     """
     output = normalize(x, mean, invstd, weight, bias, residual)
     return torch.empty_like(x, dtype=grad.dtype).copy_(torch.where(output <= 0, 0, grad))
+
+
+def pack_moments(x: Tensor, message: Tensor, tag: int, number: int) -> None:
+    """Write `tag, tag^2, 0, 0, broken, broken * number`, then the raw moments of x, then zeros.
+
+    Args:
+        x: Input of shape `(N, C, *)`.
+        message: float64 vector of at least `2C + 7` elements.
+        tag, number: Of the call, and of this rank.
+    """
+    _pack(message, moments(x, raw=True), tag, number)
+
+
+def _pack(message: Tensor, payload: Tensor, tag: int, number: int, may_break: bool = True) -> None:
+    broken = float(may_break and not payload.isfinite().all())
+    head = torch.tensor([tag, tag**2, 0, 0, broken, broken * number], dtype=torch.float64)
+    message.zero_()
+    message[: len(head) + len(payload)] = torch.cat([head, payload])
+
+
+def normalize_shared(
+    x: Tensor,
+    sums: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    eps: float,
+    running: Sequence[Any] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`normalize` by `mean = S / n` and `var = Q / n - mean^2`, and the running statistics moved towards these.
+
+    `running <- (1 - momentum) * running + momentum * (mean, or var * n / (n - 1))`, but for an empty batch, and for
+    channels that are not finite; with momentum None, `1 / (batches counted, this one included)`.
+
+    Args:
+        x: Input of shape `(N, C, *)`.
+        sums: float64 `(2C + 1,)`: `(n, S, Q)`.
+        weight, bias, residual, relu: As in `normalize`.
+        eps: Added to the variance.
+        running: `(running_mean, running_var, momentum, num_batches_tracked)`, any of them None, or None.
+
+    Returns:
+        `(y, mean, invstd, count)`.
+    """
+    channels = x.shape[1]
+    count, total, squares = sums[0].clone(), sums[1 : channels + 1], sums[channels + 1 :]
+    mean = total / count.clamp(min=1)
+    m2 = (squares - mean * total).clamp(min=0)
+    invstd = (m2 / count.clamp(min=1) + eps).rsqrt()
+    if running is not None:
+        _move(running, count, mean, m2 / (count - 1).clamp(min=1))
+    return normalize(x, mean, invstd, weight, bias, residual, relu), mean, invstd, count
+
+
+def _move(running: Sequence[Any], count: Tensor, mean: Tensor, var: Tensor) -> None:
+    running_mean, running_var, momentum, batches = running
+    if batches is not None:
+        batches += count > 0
+    if momentum is None:
+        momentum = 0.0 if batches is None else 1 / max(int(batches), 1)
+    if running_mean is not None and running_var is not None:
+        fits = mean.to(running_mean.dtype).isfinite() & var.to(running_var.dtype).isfinite() & (count > 0)
+        for old, new in ((running_mean, mean), (running_var, var)):
+            old.copy_(torch.where(fits, (1 - momentum) * old.double() + momentum * new, old.double()))
+
+
+def pack_gradient_sums(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    message: Tensor | None,
+    tag: int,
+    number: int,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write `tag, tag^2, 0, 0, 0, 0`, then `(sum g, sum g * xhat)`, then zeros; g is what passes the rectifier.
+
+    Args:
+        grad, x, mean, invstd, weight, bias, residual: As in `relu_gradient`.
+        relu: Whether there is a rectifier.
+        message: float64 vector of at least `2C + 6` elements, or None.
+        tag, number: As in `pack_moments`.
+        dtypes: Of the gradients of weight and bias; None for those that are not wanted.
+
+    Returns:
+        `(dweight, dbias)`: `sum g * xhat` and `sum g`.
+    """
+    g = relu_gradient(grad, x, mean, invstd, weight, bias, residual) if relu else grad
+    sums = gradient_sums(g, x, mean, invstd)
+    if message is not None:
+        _pack(message, sums, tag, number, may_break=False)
+    total, dot = sums.chunk(2)
+    return None if dtypes[0] is None else dot.to(dtypes[0]), None if dtypes[1] is None else total.to(dtypes[1])
+
+
+def shared_input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    sums: Tensor,
+    count: Tensor,
+    masked: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`input_gradient` for the g that passes the rectifier, and with `masked` that g.
+
+    Args:
+        grad, x, mean, invstd, weight, bias, residual: As in `relu_gradient`.
+        relu: Whether there is a rectifier.
+        sums, count: As in `input_gradient`.
+        masked: Whether the second result is wanted.
+
+    Returns:
+        `(dx, g)`: the first in the dtype of x, the second in that of grad, or None.
+    """
+    g = relu_gradient(grad, x, mean, invstd, weight, bias, residual) if relu else grad
+    return input_gradient(g, x, mean, invstd, weight, sums, count), g if masked else None
 
 
 def _columns(x: Tensor) -> Tensor:
