@@ -1,0 +1,171 @@
+"""The package as users get it: a wheel made from the source distribution, installed, used from another directory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_packaging import PROJECT, name_of
+
+ROOT = Path(__file__).parents[1]
+RECIPES = {path.name for path in (ROOT / "launch").iterdir()}
+
+pytestmark = pytest.mark.integration
+pytest.importorskip("hatchling", reason="hatchling is not installed (dependency group: build)")
+
+TRAIN = """
+import torch, torch.distributed as dist
+from torch import nn
+import syncbn
+
+dist.init_process_group("gloo")
+model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+model(torch.full((2, 2), float(dist.get_rank()))).sum().backward()
+batches = int(model[1].num_batches_tracked)
+print(f"rank {dist.get_rank()} of {dist.get_world_size()}, {batches} batch, {syncbn.__file__}")
+dist.destroy_process_group()
+"""
+
+USE = """
+import torch
+from torch import nn
+
+import syncbn
+
+model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+layer = syncbn.SyncBatchNorm(3, activation="relu")
+reveal_type(model)
+reveal_type(syncbn.revert_sync_batchnorm(model))
+reveal_type(layer.forward(torch.zeros(2, 3)))
+reveal_type(syncbn.functional.global_moments(torch.zeros(2, 3)))
+syncbn.SyncBatchNorm("3")
+"""
+
+
+def run(
+    *command: str | Path, cwd: Path, deadline: float = 100.0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A command without this checkout on its path."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        timeout=deadline,
+    )
+
+
+def must(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The source distribution, and the wheel that is built from it alone."""
+    folder = tmp_path_factory.mktemp("dist")
+    hatch = [sys.executable, "-m", "hatchling", "build", "-d", folder, "-t"]
+    must(run(*hatch, "sdist", cwd=ROOT))
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "source", filter="data")
+    (source,) = (folder / "source").iterdir()
+    must(run(*hatch, "wheel", cwd=source))
+    (wheel,) = folder.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def environment(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel; its other packages are those of this one, which come after its own."""
+    folder = tmp_path_factory.mktemp("user") / "env"
+    must(run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent))
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    (packages / "beside.pth").write_text(str(Path(torch.__file__).parents[1]))
+    install(folder, f"{built[1]}")
+    return folder
+
+
+def install(folder: Path, requirement: str) -> None:
+    pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python"]
+    must(run(*pip, "install", "--no-index", "--force-reinstall", "--no-deps", requirement, cwd=folder))
+
+
+def test_wheel_and_sdist_hold_what_they_should(built: tuple[Path, Path]) -> None:
+    sdist, wheel = built
+    names = set(zipfile.ZipFile(wheel).namelist())
+    stem = f"syncbn-{PROJECT['project']['version']}"
+    assert {name.split("/")[0] for name in names} == {"syncbn", f"{stem}.dist-info", f"{stem}.data"}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "syncbn").rglob("*.py")}
+    assert {name for name in names if name.startswith("syncbn/")} == sources | {"syncbn/py.typed"}
+    data = {name.removeprefix(f"{stem}.data/data/") for name in names if ".data/" in name}
+    assert data == {f"share/syncbn/launch/{name}" for name in RECIPES}
+    with tarfile.open(sdist) as archive:
+        files = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {"examples/train.py", "constraints.txt", "Makefile", "LICENSE", "tests/ranks.py", "docs/mpi.md"} <= files
+    assert {f"launch/{name}" for name in RECIPES} <= files
+    assert not [name for name in files if re.search(r"_build|__pycache__|\.venv|out/", name)]
+
+
+def test_extras_resolve(built: tuple[Path, Path], environment: Path) -> None:
+    """By pip, from the wheel's metadata, among the packages that are installed here."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    for requirements in extras.values():
+        for requirement in requirements:
+            try:
+                importlib.metadata.version(name_of(requirement))
+            except importlib.metadata.PackageNotFoundError:
+                pytest.skip(f"{requirement} is not installed (an extra)")
+    pip = [sys.executable, "-m", "pip", "--python", environment / "bin" / "python", "install", "--no-index"]
+    wanted = f"{built[1]}[{','.join(extras)}]"
+    said = must(run(*pip, "--dry-run", wanted, cwd=environment))
+    for requirements in (*extras.values(), PROJECT["project"]["dependencies"]):
+        for requirement in requirements:
+            assert f"Requirement already satisfied: {name_of(requirement)}>=" in said, said
+    refused = run(*pip, "--dry-run", f"{built[1]}[no-such-extra]", cwd=environment)
+    assert "does not provide the extra" in refused.stdout + refused.stderr
+
+
+def test_recipe_of_the_wheel_starts_ranks_elsewhere(environment: Path, tmp_path: Path) -> None:
+    """Where `launch/README.md` says that it lies."""
+    python = environment / "bin" / "python"
+    where = re.search(
+        r'python3 -c \'(import sysconfig; .*?)\'\)/(\S+)" \.', (ROOT / "launch" / "README.md").read_text()
+    )
+    assert where
+    recipes = Path(must(run(python, "-c", where[1], cwd=tmp_path)).strip(), where[2])
+    assert {path.name for path in recipes.iterdir()} == RECIPES
+    (tmp_path / "train.py").write_text(TRAIN)
+    settings = {"PYTHON": str(python), "RANKS": "2", "OMP_NUM_THREADS": "1"}
+    said = must(run("sh", recipes / "torchrun.sh", "train.py", cwd=tmp_path, **settings))
+    for rank in range(2):
+        assert f"rank {rank} of 2, 1 batch, {environment}" in said
+    assert "train.py" in must(
+        run(environment / "bin" / "syncbn-launch", "--dry-run", "-n", "2", "train.py", cwd=tmp_path)
+    )
+
+
+def test_a_type_checker_sees_the_annotations(environment: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    pytest.importorskip("mypy", reason="mypy is not installed (dependency group: lint)")
+    (tmp_path / "use.py").write_text(USE)
+    cache = pytestconfig.cache
+    options = ["--strict", "--python-executable", environment / "bin" / "python"]
+    options += ["--cache-dir", cache.mkdir("mypy") if cache is not None else tmp_path / "cache"]
+    done = run(sys.executable, "-m", "mypy", *options, "use.py", cwd=tmp_path)
+    revealed = re.findall(r'Revealed type is "(.+)"', done.stdout)
+    tensor = "torch._tensor.Tensor"
+    assert revealed[:2] == ["torch.nn.modules.container.Sequential"] * 2, done.stdout + done.stderr
+    assert revealed[2:] == [tensor, f"tuple[{tensor}, {tensor}, {tensor}]"]
+    assert re.findall(r"error: .*", done.stdout) == [
+        'error: Argument 1 to "SyncBatchNorm" has incompatible type "str"; expected "int"  [arg-type]'
+    ]
