@@ -58,7 +58,7 @@ class Step:
 
     @property
     def scale(self) -> float:
-        """``W / n``: the factor that makes a sum over this rank's samples a term of the whole batch's mean loss.
+        """``W / n``, the factor that makes a sum over this rank's samples a term of the whole batch's mean loss.
 
         DistributedDataParallel averages gradients over ranks, so with ``loss_r = scale * sum_i l_i``::
 
