@@ -217,6 +217,31 @@ class Rank:
         dcp.save({"model": sharded.state_dict()}, checkpoint_id=self.folder / "sharded")
         return state(model), state(sharded)
 
+    def tensorboard(self) -> list[tuple[str, int, float]]:
+        from torch.utils.tensorboard import SummaryWriter
+
+        from syncbn.diagnostics import NoiseObserver
+
+        observers: list[NoiseObserver] = []
+
+        def observer(*args: Any, **options: Any) -> NoiseObserver:
+            observers.append(NoiseObserver(*args, **options))
+            return observers[0]
+
+        model = syncbn.convert_sync_batchnorm(network())
+        names = {
+            "model": model,
+            "ddp": DistributedDataParallel(model),
+            "rank": self.rank,
+            "SummaryWriter": SummaryWriter,
+        }
+        names["train"] = lambda ddp: [ddp(self.batches[i % STEPS][0][self.rows]).sum().backward() for i in range(50)]
+        left = self.follow("TensorBoard", NoiseObserver=observer, folder=str(self.folder / "events"), **names)
+        if left["writer"] is not None:
+            left["writer"].close()
+        assert observers[0].report is not None
+        return [(row.layer, row.group_size, row.noise) for row in observers[0].report.rows]
+
     def mesh(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Each column of the mesh trains on a batch of its own; then all of it on one, replicated and sharded."""
         left = self.follow("DeviceMesh", model=network())

@@ -48,6 +48,7 @@ RUN_BY = {
     "Quantization-aware training": "test_quantization",
     "Checkpoints": "test_checkpoints",
     "Distributed checkpoints": "test_distributed_checkpoints",
+    "TensorBoard": "test_tensorboard",
 }
 RUNS = [
     "ddp", "fsdp", "fsdp_converted_after", "fsdp_mixed_precision", "averaged_weights", "updated_statistics",
@@ -70,7 +71,9 @@ def test_versions_are_those_that_are_tested() -> None:
     listed = [
         tuple(entry.split()) for _, _, cell in TABLE if cell != "a stand-in, see there" for entry in cell.split(", ")
     ]
-    assert {name for name, _ in listed} == {"torch", "lightning", "pytorch-lightning", "accelerate", "safetensors"}
+    assert {name for name, _ in listed} == {
+        "torch", "lightning", "pytorch-lightning", "accelerate", "safetensors", "tensorboard",
+    }  # fmt: skip
     for name, version in listed:
         assert CONSTRAINTS[name] == version, f"docs/integrations.md says {name} {version}"
 
@@ -82,7 +85,7 @@ def test_versions_are_those_that_are_tested() -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """The results of the ranks, by run: two processes for all of them."""
     folder = tmp_path_factory.mktemp("ranks")
-    names = [*RUNS, "accelerate"] if installed("accelerate") else RUNS
+    names = RUNS + [name for name in ("accelerate", "tensorboard") if installed(name)]
     ranks = run_processes(2, run, folder / "processes", folder, RECIPES, names)
     return {name: [rank[name] for rank in ranks] for name in names} | {"folder": [folder]}
 
@@ -262,6 +265,30 @@ def test_distributed_checkpoints(results: Results) -> None:
         dcp.load(holds, checkpoint_id=results["folder"][0] / name)
         model.load_state_dict(holds["model"])
         same(state(model), whole())
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(
+    not installed("tensorboard"), reason="tensorboard is not installed (dependency group: integrations)"
+)
+def test_tensorboard(results: Results) -> None:
+    """One rank's file holds what all ranks found."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    ranks = of(results, "tensorboard")
+    (file,) = (results["folder"][0] / "events").iterdir()
+    events = EventAccumulator(str(file))
+    events.Reload()
+    written = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert ranks[0] == ranks[1] and {(layer, size) for layer, size, _ in ranks[0]} == {
+        ("1", 1),
+        ("1", 2),
+        ("4", 1),
+        ("4", 2),
+    }
+    assert written == {
+        f"syncbn_noise/{layer}/group_{size}": [(50, pytest.approx(noise, rel=1e-6))] for layer, size, noise in ranks[0]
+    }
 
 
 @pytest.mark.integration
