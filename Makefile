@@ -81,6 +81,8 @@ bench: $(STAMP) ## all benchmarks on 2 ranks, gloo and MPI, into benchmarks/resu
 	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/step.py --backend mpi4py
 	$(BIN)/python -m syncbn.launch -n 2 benchmarks/step.py --backend gloo
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/accumulation.py
 	$(BIN)/python benchmarks/checks.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/latency.py
