@@ -90,6 +90,22 @@ def _run_moments(
 
 
 @triton.jit
+def _wide(values):
+    """As float64, half types by way of float32, which is how devices convert them."""
+    if values.dtype.scalar != tl.float64:
+        values = values.to(tl.float32).to(tl.float64)
+    return values
+
+
+@triton.jit
+def _rounded(values, dtype: tl.constexpr):
+    """float64 in another dtype, likewise."""
+    if dtype != tl.float64:
+        values = values.to(tl.float32).to(dtype)
+    return values
+
+
+@triton.jit
 def _split_moments(
     x, block, split, splits, images, channels, size,
     BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, RUNS: tl.constexpr,
@@ -242,11 +258,11 @@ def _affine(mean, invstd, weight, bias, c, inside):
     """Pivot, scale and shift in float32, so that `(x - pivot) * scale + shift` is the output."""
     scale = invstd
     if weight is not None:
-        scale = invstd * tl.load(weight + c, mask=inside, other=0.0).to(tl.float64)
+        scale = invstd * _wide(tl.load(weight + c, mask=inside, other=0.0))
     pivot = mean.to(tl.float32)
     shift = (pivot.to(tl.float64) - mean) * scale
     if bias is not None:
-        shift += tl.load(bias + c, mask=inside, other=0.0).to(tl.float64)
+        shift += _wide(tl.load(bias + c, mask=inside, other=0.0))
     return pivot, scale.to(tl.float32), shift.to(tl.float32)
 
 
@@ -269,16 +285,18 @@ def _move(running, values, keep, momentum, c, inside):
     else:
         work: tl.constexpr = tl.float64
     weight = tl.zeros_like(values).to(work) + tl.cast(momentum, work)
-    moved = tl.fma(weight, values.to(work) - old.to(work), old.to(work))
-    tl.store(running + c, tl.where(keep, old, moved.to(old.dtype)), mask=inside)
+    start = _wide(old).to(work)
+    moved = _wide(tl.fma(weight, values.to(work) - start, start))
+    tl.store(running + c, tl.where(keep, old, _rounded(moved, running.dtype.element_ty)), mask=inside)
 
 
 @triton.jit
 def _remember(running_mean, running_var, n, mean, m2, momentum, c, inside):
     """Move the running statistics, but for an empty batch, and for channels that are not finite in their dtype."""
     var = m2 / tl.maximum(n - 1.0, 1.0)
-    finite = _is_finite(mean.to(running_mean.dtype.element_ty)) & _is_finite(var.to(running_var.dtype.element_ty))
-    keep = ~(finite & (n > 0))
+    rounded_mean = _wide(_rounded(mean, running_mean.dtype.element_ty))
+    rounded_var = _wide(_rounded(var, running_var.dtype.element_ty))
+    keep = ~tl.where(n > 0, _is_finite(rounded_mean) & _is_finite(rounded_var), False)
     _move(running_mean, mean, keep, momentum, c, inside)
     _move(running_var, var, keep, momentum, c, inside)
 
@@ -414,9 +432,9 @@ def finish_gradients(
                 _write_head(message, tag, number, length, HEAD + 2 * channels, 0.0)
         _write_pair(payload, total, dot, c, inside, channels)
     if dweight is not None:
-        tl.store(dweight + c, dot.to(dweight.dtype.element_ty), mask=inside)
+        tl.store(dweight + c, _rounded(dot, dweight.dtype.element_ty), mask=inside)
     if dbias is not None:
-        tl.store(dbias + c, total.to(dbias.dtype.element_ty), mask=inside)
+        tl.store(dbias + c, _rounded(total, dbias.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["images", "channels", "units", "per_split"])
@@ -445,7 +463,7 @@ def input_gradient(
         level = tl.load(sums + c, mask=inside, other=0.0) / n + slope * (pivot.to(tl.float64) - mu)
         wide_scale = deviation
         if weight is not None:
-            wide_scale = deviation * tl.load(weight + c, mask=inside, other=0.0).to(tl.float64)
+            wide_scale = deviation * _wide(tl.load(weight + c, mask=inside, other=0.0))
         slope_of_x = slope.to(tl.float32)
         offset = (-level * wide_scale).to(tl.float32)
     items = _number_of_items(images, size, BN, BP)

@@ -1,6 +1,6 @@
 """The per-rank arithmetic of synchronized batch normalization, as plain formulas in float64: the ground truth.
 
-Every function takes and returns what its namesake in `syncbn.kernels.aten` does, or for the fused forms of a CUDA device
+Every function takes and returns what its namesake in `syncbn.kernels.aten` does, or for the fused forms on CUDA devices
 in `syncbn.kernels.triton`; these modules document the shapes once. Here each line is the formula of the mathematics,
 everything is computed in float64, and only the result is rounded to the dtype of the input. Nothing is tuned: tests
 compare the fast kernels with this.

@@ -1,0 +1,327 @@
+"""The Triton kernels in Triton's interpreter, against the reference; started by test_triton.py with TRITON_INTERPRET=1.
+
+All memory that a kernel is to fill holds NaN before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import batch_norm
+
+from syncbn import kernels as choice
+from syncbn.kernels import programs, reference
+from syncbn.kernels import triton as kernels
+
+# numpy, in which the interpreter computes, warns of what is not finite.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+EPS = 1e-5
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 5e-6}
+ROWS, COLUMNS = "rows", "columns"
+F16, B16, F32 = TOLERANCE
+# As shipped, and so that small tensors take many tiles, splits and blocks of channels.
+CUTS = {"shipped": {}, "fine": {"_TILE": 1024, "_PROGRAMS": 6, "_WHOLE": 0}}
+CASES = [
+    ((6, 5), COLUMNS, F32, "fine"),
+    ((70, 1), COLUMNS, B16, "shipped"),
+    ((5, 130), COLUMNS, F32, "shipped"),
+    ((40, 65), COLUMNS, F16, "fine"),
+    ((4, 3, 1), ROWS, F32, "fine"),
+    ((1, 65, 7), ROWS, B16, "fine"),
+    ((9, 3, 7, 7), ROWS, F32, "fine"),
+    ((2, 130, 3, 3), ROWS, F16, "shipped"),
+    ((1, 1, 1013), ROWS, F32, "fine"),
+    ((2, 3, 40, 30), ROWS, B16, "fine"),
+    ((3, 16, 4, 4), ROWS, F32, "fine"),
+    ((2, 16, 3, 5), COLUMNS, B16, "fine"),
+    ((2, 3, 4, 5, 6), COLUMNS, F32, "shipped"),
+    ((2, 3, 4, 3, 2), ROWS, F32, "shipped"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def poison(make: Any) -> Any:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            t = make(*args, **kwargs)
+            return t.fill_(torch.nan) if t.is_floating_point() else t
+
+        return made
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, how: str, **more: int) -> None:
+    for name, value in (CUTS[how] | more).items():
+        monkeypatch.setattr(kernels, name, value)
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    return x.contiguous() if layout == ROWS else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+class Example:
+    """A layer call: input, gradient, residual, parameters and the exact statistics of the input."""
+
+    def __init__(self, shape: tuple[int, ...], layout: str, dtype: torch.dtype, mean: float = 2.0) -> None:
+        torch.manual_seed(0)
+        channels = shape[1]
+        self.x, self.grad, self.residual = (laid_out(torch.randn(shape).to(dtype), layout) for _ in range(3))
+        self.x.add_(mean)
+        self.weight, self.bias = torch.rand(channels) + 0.5, torch.randn(channels)
+        packed = reference.moments(self.x)
+        self.count, self.mean = packed[0], packed[1 : channels + 1]
+        self.invstd = (packed[channels + 1 :] / self.count.clamp(min=1) + EPS).rsqrt()
+
+    def stats(self, weight: bool = True) -> tuple[Tensor, ...]:
+        return self.x, self.mean, self.invstd, *((self.weight, self.bias) if weight else (None, None))
+
+
+def assert_same(actual: Tensor | None, expected: Tensor | None, dtype: torch.dtype = F32) -> None:
+    if expected is None:
+        assert actual is None
+        return
+    assert actual is not None and actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert actual.stride() == expected.stride()
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=min(4 * tolerance, 2e-5))
+
+
+@pytest.mark.parametrize(("shape", "layout", "dtype", "how"), CASES, ids=str)
+def test_functions_are_those_of_the_reference(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(monkeypatch, how)
+    e = Example(shape, layout, dtype)
+    for raw in (False, True):
+        assert_same(kernels.moments(e.x, raw=raw), reference.moments(e.x, raw=raw))
+    for args in (e.stats(), (*e.stats(weight=False), e.residual, True)):
+        assert_same(kernels.normalize(*args), reference.normalize(*args), dtype)
+    sums = reference.gradient_sums(e.grad, e.x, e.mean, e.invstd)
+    assert_same(kernels.gradient_sums(e.grad, e.x, e.mean, e.invstd), sums)
+    args = (e.grad, e.x, e.mean, e.invstd, e.weight.half(), sums, e.count)
+    assert_same(kernels.input_gradient(*args), reference.input_gradient(*args), dtype)
+    args = (e.grad, *e.stats(), e.residual)
+    assert_same(kernels.relu_gradient(*args), reference.relu_gradient(*args), dtype)
+
+
+@pytest.mark.parametrize(("shape", "layout", "dtype", "how"), [*CASES[1::2], ((0, 3, 4), ROWS, F32, "fine")], ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+def test_fused_forms_are_those_of_the_reference(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, how: str, relu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(monkeypatch, how)
+    e, channels = Example(shape, layout, dtype), shape[1]
+    message, expected = torch.empty(2 * channels + 40), torch.empty(2 * channels + 40)
+    message, expected = message.double(), expected.double()
+    kernels.pack_moments(e.x, message, 65535, 7)
+    reference.pack_moments(e.x, expected, 65535, 7)
+    assert_same(message, expected)
+    assert torch.equal(message[:7], expected[:7])
+
+    sums = 2 * expected[6 : 2 * channels + 7]  # as if another rank had the same input
+    residual, momentum = (e.residual, None) if relu else (None, 0.1)
+    results, buffers = [], []
+    for module in (kernels, reference):
+        running = torch.full((channels,), 0.5, dtype=dtype), torch.full((channels,), 0.25), torch.tensor(3)
+        buffers.append(running)
+        forward = (e.x, sums, e.weight, e.bias, residual, relu, EPS, (*running[:2], momentum, running[2]))
+        results.append(module.normalize_shared(*forward))
+    assert_same(results[0][0], results[1][0], dtype)
+    for ours, theirs in zip(results[0][1:], results[1][1:], strict=True):
+        assert_same(ours, theirs)
+    assert_same(buffers[0][0], buffers[1][0], dtype)
+    assert_same(buffers[0][1], buffers[1][1])
+    assert buffers[0][2] == buffers[1][2] == (4 if e.x.numel() else 3)
+
+    args = e.grad, *e.stats(), residual, relu
+    for dtypes in ((torch.float16, None), (torch.float32, torch.float32)):
+        ours = kernels.pack_gradient_sums(*args, message, 17, 2, dtypes)
+        theirs = reference.pack_gradient_sums(*args, expected, 17, 2, dtypes)
+        assert_same(message, expected)
+        for our, their, kind in zip(ours, theirs, dtypes, strict=True):
+            assert_same(our, their, kind or F32)
+    args = *args, expected[6 : 2 * channels + 6].clone(), e.count, relu
+    ours, theirs = kernels.shared_input_gradient(*args), reference.shared_input_gradient(*args)
+    assert_same(ours[0], theirs[0], dtype)
+    assert_same(ours[1], theirs[1], dtype)
+
+
+@pytest.mark.parametrize("layout", [ROWS, COLUMNS])
+def test_wide_offsets_give_the_same_bits(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, "fine")
+    e = Example((3, 10, 6, 4), layout, F32)
+    sums = reference.gradient_sums(e.grad, e.x, e.mean, e.invstd)
+
+    def all_of_it() -> list[Tensor]:
+        return [
+            kernels.moments(e.x), kernels.normalize(*e.stats(), e.residual, True),
+            kernels.gradient_sums(e.grad, e.x, e.mean, e.invstd),
+            kernels.input_gradient(e.grad, e.x, e.mean, e.invstd, e.weight, sums, e.count),
+        ]  # fmt: skip
+
+    narrow = all_of_it()
+    monkeypatch.setattr(kernels, "_WIDE", 0)
+    for ours, theirs in zip(all_of_it(), narrow, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, "fine")
+    e = Example((4, 5, 3, 6), ROWS, F32)
+    sums = reference.gradient_sums(e.grad, e.x, e.mean, e.invstd)
+    strided = torch.stack([e.x, e.x], -1)[..., 0]
+    turned = e.x.transpose(0, -1).contiguous().transpose(0, -1)
+    columns = laid_out(e.x, COLUMNS)
+    for x, grad in ((strided, e.grad), (turned, columns), (columns, torch.ones(()).expand(e.x.shape))):
+        assert_same(kernels.moments(x), reference.moments(x))
+        args = (x, e.mean, e.invstd, None, e.bias, grad, True)
+        assert_same(kernels.normalize(*args), reference.normalize(*args))
+        args = (grad, x, e.mean, e.invstd, e.weight, sums, e.count)
+        assert_same(kernels.input_gradient(*args), reference.input_gradient(*args))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4)])
+def test_empty_input_gives_zeros(shape: tuple[int, ...]) -> None:
+    x, one, zero = torch.zeros(shape), torch.ones(3).double(), torch.zeros(3).double()
+    assert torch.equal(kernels.moments(x, raw=True), torch.zeros(7).double())
+    assert torch.equal(kernels.gradient_sums(x, x, zero, one), torch.zeros(6).double())
+    assert kernels.normalize(x, zero, one, None, None, x, True).shape == shape
+    assert kernels.input_gradient(x, x, zero, one, None, torch.zeros(6).double(), zero[0]).shape == shape
+    assert kernels.relu_gradient(x, x, zero, one, None, None).shape == shape
+
+
+@pytest.mark.parametrize("layout", [ROWS, COLUMNS])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("position", [0, -1])
+def test_what_is_not_finite_stays_in_its_channel(
+    layout: str, bad: float, position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(monkeypatch, "fine", _PROGRAMS=2)
+    x = torch.randn(3, 4, 6, 4)
+    x[position, 1, position, position] = bad
+    x = laid_out(x, layout)
+    message = torch.zeros(6 + 9, dtype=torch.float64)
+    kernels.pack_moments(x, message, 1, 5)
+    assert message[4] == 1 and message[5] == 5
+    finite = torch.tensor([True, False, True, True])
+    assert torch.equal(message[7:11].isfinite(), finite) and torch.equal(message[11:].isfinite(), finite)
+    mean, var, batches = torch.zeros(4), torch.ones(4), torch.tensor(0)
+    y, *_ = kernels.normalize_shared(x, message[6:], None, None, None, True, EPS, (mean, var, 0.1, batches))
+    assert y[:, 1].isnan().all() and y[:, finite].isfinite().all()
+    assert mean[1] == 0 and var[1] == 1 and (mean[finite] != 0).all() and batches == 1
+
+
+def test_statistics_that_do_not_fit_the_running_ones_are_not_taken() -> None:
+    x = torch.randn(4, 2)
+    x[:, 1] += 1e5
+    message = torch.zeros(11, dtype=torch.float64)
+    kernels.pack_moments(x, message, 1, 1)
+    mean, var = torch.zeros(2).half(), torch.ones(2).half()
+    kernels.normalize_shared(x, message[6:], None, None, None, False, EPS, (mean, var, 0.5, None))
+    assert mean[0] != 0 and mean[1] == 0 and var[1] == 1
+
+
+@pytest.mark.parametrize("layout", [ROWS, COLUMNS])
+@pytest.mark.parametrize("ratio", [0.0, 1e3, 1e4])
+def test_float32_is_never_less_accurate_than_torch(layout: str, ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, "fine", _TILE=4096, _PROGRAMS=4)
+    e, channels = Example((6, 4, 24, 20), layout, F32, mean=ratio), 4
+    message = torch.zeros(2 * channels + 7, dtype=torch.float64)
+    kernels.pack_moments(e.x, message, 1, 1)
+    y, mean, invstd, count = kernels.normalize_shared(e.x, message[6:], e.weight, e.bias, None, False, EPS, None)
+    kernels.pack_gradient_sums(e.grad, e.x, mean, invstd, e.weight, e.bias, None, False, message, 1, 1, (None, None))
+    sums = message[6 : 2 * channels + 6]
+    dx, _ = kernels.shared_input_gradient(e.grad, e.x, mean, invstd, e.weight, e.bias, None, False, sums, count, False)
+
+    def torchs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = e.x.to(dtype).requires_grad_()
+        out = batch_norm(leaf, None, None, e.weight.to(dtype), e.bias.to(dtype), True, 0.0, EPS)
+        return out.detach(), torch.autograd.grad(out, leaf, e.grad.to(dtype))[0]
+
+    floor = 2 * torch.finfo(torch.float32).eps
+    for ours, theirs, exact in zip((y, dx), torchs(torch.float32), torchs(torch.float64), strict=True):
+        assert (ours - exact).abs().max() <= max((theirs - exact).abs().max(), floor * exact.abs().max())
+    var = e.x.double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(invstd, (var + EPS).rsqrt(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", [ROWS, COLUMNS])
+def test_long_runs_and_a_pivot_far_off(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles than one run of a program takes, of which the first is no guide to the others."""
+    cut(monkeypatch, "fine", _TILE=256, _PROGRAMS=1)
+    x = torch.randn(42, 2, 32) if layout == ROWS else torch.randn(42 * 32, 2)
+    x[: 1 if layout == ROWS else 32] += 1e4
+    exact = reference.moments(x)
+    items = kernels._Call(x).geometry.items
+    assert items > 32
+    ours = kernels.moments(x)
+    torch.testing.assert_close(ours[3:], exact[3:], rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours[1:3], exact[1:3], rtol=3e-6, atol=0)
+    assert_same(
+        kernels.gradient_sums(x * 0 + 1, x, exact[1:3], torch.ones(2).double())[:2], exact[:1].expand(2).clone()
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_mask_follows_the_very_sign_of_the_output(dtype: torch.dtype) -> None:
+    e = Example((5, 6, 9, 4), ROWS, dtype)
+    # Weights near zero and no bias: many outputs are close to zero, or round to it.
+    args = (e.x, e.mean, e.invstd, e.weight * 1e-7, None, e.residual * 1e-7)
+    y = kernels.normalize(*args, relu=True)
+    assert torch.equal(kernels.relu_gradient(torch.ones_like(y).fill_(1), *args), (y > 0).to(dtype))
+    residual = torch.zeros_like(e.x).index_fill_(0, torch.tensor([1]), torch.nan)
+    y = kernels.normalize(*args[:5], residual, True)
+    assert y[1].isnan().all() and y[0].isfinite().all()
+    assert (kernels.relu_gradient(torch.zeros_like(y) + 1, *args[:5], residual)[1] == 1).all()
+
+
+def test_every_element_is_in_exactly_one_tile() -> None:
+    """The division of the work, for many shapes, with the offsets of the programs done again in numpy."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        images, channels, size = (int(2 ** rng.uniform(0, top)) for top in (5, 8, 9))
+        columns = bool(rng.integers(2))
+        size = 1 if columns else size
+        elements = int(rng.choice([64, 1024, 4096]))
+        g = kernels._cut(images, channels, size, columns, elements, int(rng.choice([4, 512])), 1 << 31)
+        assert g.bc * g.bn * g.bp <= max(elements, 64)
+        seen = np.zeros(images * channels * size, dtype=int)
+        pieces = -(-size // g.bp)
+        n, p = np.divmod(np.arange(g.bn * g.bp), g.bp)
+        for split in range(g.programs() // g.blocks):
+            for k in range(split * g.per_split(), min((split + 1) * g.per_split(), g.items)):
+                image, position = (g.items - 1 - k) // pieces * g.bn + n, (g.items - 1 - k) % pieces * g.bp + p
+                q = (image < images) & (position < size)
+                c = np.arange(g.blocks * g.bc)
+                c = c[c < channels]
+                np.add.at(seen, ((image[q] * channels)[:, None] * size + c * size + position[q][:, None]).ravel(), 1)
+        assert (seen == 1).all(), g
+        assert g.units * g.align == (channels if columns else size)
+
+
+def test_the_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(4, 3)
+    assert choice.fused(x) is None and choice._for(x) is choice.aten
+    monkeypatch.setattr(choice, "_interpreted", True)
+    choice._load_triton.cache_clear()
+    assert choice.fused(x) is kernels and choice._for(x) is kernels
+    assert choice.fused(x.double()) is None and choice._for(x.double()) is choice.aten
+    assert choice.fused(x.to("meta").requires_grad_()[:0].to(torch.float64)) is None
+    choice._load_triton.cache_clear()
+    monkeypatch.setattr(kernels, "probe", lambda device: 1 / 0)
+    with caplog.at_level("WARNING", "syncbn"):
+        assert choice.fused(x) is None and choice.fused(x) is None
+    choice._load_triton.cache_clear()
+    (record,) = caplog.records
+    assert "ZeroDivisionError" in record.getMessage() and record.name == "syncbn"
+
+
+def test_the_number_of_slots_is_one_number() -> None:
+    assert programs.HEAD.value == choice.HEAD == 6

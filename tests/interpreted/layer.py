@@ -1,0 +1,290 @@
+"""The layer on its path for devices, on CPU tensors: Triton's interpreter, and a sum over ranks that are threads.
+
+Started by test_triton.py with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import TOLERANCE, assert_matches, close, step, whole_batch
+from ranks import run_ranks
+from test_no_sync import WAITING
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import syncbn
+from syncbn import comm, kernels
+from syncbn.kernels import triton
+from syncbn.moments import Running
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in which the interpreter computes
+
+launches: dict[int, list[str]] = {}  # per thread
+lock = threading.Lock()
+
+
+class OnDevice(comm.AllReduce):
+    """The link of a device, for CPU tensors; notes what it sums, and looks at the slots at once."""
+
+    _on_cpu = comm.AllReduce._on_device
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        super().__init__(group, device)
+        self.in_place = True
+
+    def _reduce(self, message: Tensor, call: Any, width: int) -> None:
+        values = message.numpy()  # (which no mode sees)
+        assert np.isfinite(values[6:]).all() or values[4] == 1, "unwritten memory in a message"
+        launches[threading.get_ident()].append("sum")
+        super()._reduce(message, call, width)
+
+    def _check_later(self, slots: Tensor, call: Any, width: int) -> None:
+        self._check(tuple(slots.numpy().tolist()), call, width, self._number)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on an operator that would wait for a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in WAITING, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    launch = triton._launch
+
+    def counted(device: torch.device, kernel: Any, number: int, *args: Any, **options: Any) -> None:
+        with lock:  # the interpreter is for one thread at a time
+            launches.setdefault(threading.get_ident(), []).append(kernel.__name__)
+            launch(device, kernel, number, *args, **options)
+
+    monkeypatch.setattr(triton, "_launch", counted)
+    monkeypatch.setattr(triton, "_WHOLE", 0)
+    monkeypatch.setattr(triton, "_TILE", 2048)
+    monkeypatch.setattr(triton, "_PROGRAMS", 4)
+    monkeypatch.setattr(kernels, "_interpreted", True)
+    # The interpreter cuts bfloat16 off where devices round: a unit in the last place, not half of one.
+    monkeypatch.setitem(TOLERANCE, torch.bfloat16, (2 * TOLERANCE[torch.bfloat16][0], TOLERANCE[torch.bfloat16][1]))
+    kernels._load_triton(torch.device("cpu"))
+    with comm.forced():
+        yield
+
+
+def connect(group: Any) -> None:
+    comm._links[group] = {"cpu": OnDevice(group, torch.device("cpu"))}
+
+
+FORWARD = ["measure", "finish_moments", "sum", "normalize"]
+EMPTY = ["measure", "sum", "normalize", "sum_gradients", "finish_gradients", "sum"]
+BACKWARD = ["sum_gradients", "finish_gradients", "sum", "input_gradient"]
+SIZES = [(3,), (2, 3), (2, 0, 3)]
+CASES = [
+    ((5,), "rows", torch.float32, {}),
+    ((5, 4, 3), "rows", torch.bfloat16, {"activation": "relu"}),
+    ((5, 4, 3), "columns", torch.float32, {"activation": "relu", "momentum": None}),
+    ((18, 7), "rows", torch.float16, {"affine": False, "momentum": None}),
+    ((18, 2, 2), "columns", torch.float16, {}),
+]
+
+
+@pytest.mark.parametrize(("sizes", "case"), [(SIZES[i % 3], case) for i, case in enumerate(CASES)], ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_the_layer_is_that_of_the_whole_batch(sizes: Any, case: Any, with_residual: bool) -> None:
+    shape, layout, dtype, options = case
+    xs, gs, rs = ([torch.randn(n, *shape).mul(2).add(1).to(dtype) for n in sizes] for _ in range(3))
+    if layout == "columns":
+        xs = [x.contiguous(memory_format=torch.channels_last) for x in xs]
+    residuals = rs if with_residual else [None] * len(xs)
+
+    def body(rank: int, group: Any) -> Any:
+        connect(group)
+        layer = syncbn.SyncBatchNorm(shape[0], process_group=group, **options)
+        launches[threading.get_ident()] = made = []
+        # A rank with fewer than two values looks at the global count.
+        with NoWaiting() if len(xs[rank]) else contextlib.nullcontext():
+            result = step(layer, xs[rank], gs[rank], residuals[rank])
+        assert made == (FORWARD + BACKWARD if len(xs[rank]) else EMPTY)
+        assert result["y"].stride() == torch.empty_like(xs[rank]).stride()
+        return result
+
+    expected = whole_batch(
+        xs, gs, momentum=options.get("momentum", 0.1), residuals=rs if with_residual else None,
+        relu="activation" in options,
+    )  # fmt: skip
+    results = run_ranks(len(xs), body)
+    assert_matches(results, expected, dtype)
+    for result in results:
+        assert result["num_batches_tracked"] == 1
+
+
+def test_only_what_is_wanted_is_done() -> None:
+    def body(rank: int, group: Any) -> None:
+        connect(group)
+        layer = syncbn.SyncBatchNorm(4, process_group=group, activation="relu")
+        x, r, g = torch.randn(3, 4, 5), torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 4, 5)
+        launches[threading.get_ident()] = made = []
+        layer(x, r).backward(g)
+        assert made == [*FORWARD, "input_gradient", "sum_gradients", "finish_gradients"]
+        weight, bias, residual = layer.weight.grad, layer.bias.grad, r.grad
+        layer.zero_grad()
+        r.grad = None
+        layer(x.requires_grad_(), r).backward(g)
+        for ours, theirs in ((layer.weight.grad, weight), (layer.bias.grad, bias), (r.grad, residual)):
+            torch.testing.assert_close(ours, theirs)
+        made.clear()
+        with torch.no_grad():
+            layer(x)
+        assert made == FORWARD
+        made.clear()
+        layer.eval()(x)
+        assert made == []
+
+    run_ranks(1, body)
+
+
+def test_a_small_input_takes_a_launch_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_WHOLE", 1 << 14)
+
+    def body(rank: int, group: Any) -> Any:
+        connect(group)
+        launches[threading.get_ident()] = made = []
+        result = step(syncbn.SyncBatchNorm(6, process_group=group), xs[rank], xs[rank])
+        assert made == ["measure", "sum", "normalize", *BACKWARD]
+        return result
+
+    xs = [torch.randn(5, 6), torch.randn(4, 6)]
+    assert_matches(run_ranks(2, body), whole_batch(xs, xs), torch.float32)
+
+
+def test_without_a_group_nothing_is_summed() -> None:
+    launches[threading.get_ident()] = made = []
+    x, g = torch.randn(6, 3, 4), torch.randn(6, 3, 4)
+    result = step(syncbn.SyncBatchNorm(3), x, g)
+    assert made == [name for name in FORWARD + BACKWARD if name != "sum"]
+    assert_matches([result], whole_batch([x], [g]), torch.float32)
+
+
+def test_float64_takes_the_other_way() -> None:
+    def body(rank: int, group: Any) -> Any:
+        connect(group)
+        launches[threading.get_ident()] = made = []
+        result = step(syncbn.SyncBatchNorm(3, process_group=group).double(), xs[rank], xs[rank])
+        assert made == ["sum", "sum"]
+        return result
+
+    xs = [torch.randn(5, 3).double(), torch.randn(2, 3).double()]
+    assert_matches(run_ranks(2, body), whole_batch(xs, xs), torch.float64)
+
+
+def test_ranks_of_both_ways_understand_each_other() -> None:
+    xs = [torch.randn(5, 3, 2), torch.randn(4, 3, 2).double()]
+
+    def body(rank: int, group: Any) -> Any:
+        connect(group)
+        launches[threading.get_ident()] = []
+        return step(syncbn.SyncBatchNorm(3, process_group=group), xs[rank], xs[rank])
+
+    results = run_ranks(2, body)
+    expected = whole_batch(xs, xs)
+    for rank, result in enumerate(results):
+        close(result["y"], expected.y[rank], *TOLERANCE[torch.float32], "y")
+        close(result["dx"], expected.dx[rank], *TOLERANCE[torch.float32], "dx")
+
+
+def test_second_derivatives_and_an_unused_output() -> None:
+    def body(rank: int, group: Any) -> None:
+        connect(group)
+        launches[threading.get_ident()] = []
+        layer = syncbn.SyncBatchNorm(3, process_group=group)
+        x = torch.randn(4, 3, 5, requires_grad=True)
+        plain = torch.nn.BatchNorm1d(3)
+        grads = []
+        for module in (layer, plain):
+            (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+            (ddx,) = torch.autograd.grad((dx * torch.arange(5.0)).square().sum(), x)
+            grads.append((dx, ddx))
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+    run_ranks(1, body)
+
+
+@pytest.mark.parametrize("sizes", [(1, 0), (0, 1)])
+def test_one_value_per_channel_is_refused_and_nothing_is_moved(sizes: tuple[int, ...]) -> None:
+    def body(rank: int, group: Any) -> None:
+        connect(group)
+        launches[threading.get_ident()] = []
+        layer = syncbn.SyncBatchNorm(3, process_group=group)
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            layer(torch.randn(sizes[rank], 3))
+        assert layer.num_batches_tracked == 0 and (layer.running_mean == 0).all() and (layer.running_var == 1).all()
+
+    run_ranks(2, body)
+
+
+def test_all_ranks_empty_move_nothing() -> None:
+    def body(rank: int, group: Any) -> None:
+        connect(group)
+        launches[threading.get_ident()] = []
+        layer = syncbn.SyncBatchNorm(3, process_group=group)
+        x = torch.randn(0, 3, 4, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad is not None and layer.weight.grad.eq(0).all()
+        assert layer.num_batches_tracked == 0 and (layer.running_mean == 0).all() and (layer.running_var == 1).all()
+
+    run_ranks(2, body)
+
+
+def test_ranks_that_differ_are_found() -> None:
+    def body(rank: int, group: Any) -> None:
+        connect(group)
+        launches[threading.get_ident()] = []
+        layer = syncbn.SyncBatchNorm(3, process_group=group)
+        layer.layer_name = f"layer{rank}"
+        with pytest.raises(syncbn.RankMismatchError, match="different calls"):
+            layer(torch.randn(4, 3))
+
+    run_ranks(2, body)
+
+
+def test_the_rank_that_is_not_finite_is_named() -> None:
+    def body(rank: int, group: Any) -> None:
+        connect(group)
+        link = comm.link(group, torch.device("cpu"))
+        launches[threading.get_ident()] = []
+        x = torch.randn(4, 3, 5)
+        if rank == 1:
+            x[0, 1, 2] = torch.nan
+        seen: list[Any] = []
+        link._check_later = lambda slots, call, width: seen.append(slots.tolist())
+        layer = syncbn.SyncBatchNorm(3, process_group=group)
+        y = layer(x)
+        assert seen[0][4:] == [1, 2] and link.broken_ranks(()) == "0 ranks of 2"
+        assert y[:, 1].isnan().all() and y[:, 0].isfinite().all()
+        assert layer.running_mean.isfinite().all() and layer.running_mean[1] == 0
+
+    run_ranks(2, body)
+
+
+def test_what_a_kernel_cannot_move_is_moved_by_others() -> None:
+    def body(rank: int, group: Any) -> None:
+        connect(group)
+        launches[threading.get_ident()] = []
+        x = torch.randn(4, 3)
+        strided = torch.zeros(3, 2)[:, 0], torch.ones(3, 2)[:, 0]
+        plain = torch.zeros(3), torch.ones(3)
+        for mean, var in (strided, plain):
+            syncbn.functional.sync_batch_norm(x, mean, var, training=True, process_group=group)
+        torch.testing.assert_close(strided[0], plain[0])
+        torch.testing.assert_close(strided[1], plain[1])
+        assert isinstance(syncbn.SyncBatchNorm(3)._remember, Running)
+
+    run_ranks(1, body)
