@@ -31,6 +31,7 @@ myst_heading_anchors = 3
 autodoc_typehints = "none"  # signatures are long enough without; the text names shapes and dtypes
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_custom_sections = ["Collectives", "Shape"]
 
 

@@ -1,6 +1,6 @@
 """Batch normalization whose statistics come from the valid positions of a padded batch.
 
-With m the mask (1 where valid), sums over the positions of all ranks, and every position normalized:
+With m the mask (1 where valid), sums over the positions of all ranks, and every position normalized::
 
     n = sum(m)        mean = sum(m * x) / n        var = sum(m * (x - mean)^2) / n
     y = act(weight * xhat + bias + residual)       xhat = (x - mean) * invstd

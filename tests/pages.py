@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import doctest
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,18 +41,20 @@ class Page:
     links: list[str] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
 
-    def titles(self) -> list[str]:
-        """Of the sections that have Python."""
-        return [section.title for section, _ in self.programs()]
+    def programs(self, have: Collection[str] = ()) -> Iterator[tuple[Section, list[tuple[int, str, str]]]]:
+        """Each section that has Python, with the pieces to run before and in it.
 
-    def programs(self) -> Iterator[tuple[Section, list[tuple[int, str, str]]]]:
-        """Each section that has Python, with the pieces to run before and in it."""
+        Without those of which a piece needs what is not in ``have``.
+        """
         preamble = self.sections[0].pieces
-        if preamble:
-            yield self.sections[0], preamble
-        for section in self.sections[1:]:
-            if section.pieces:
-                yield section, preamble + section.pieces
+        for section in self.sections:
+            pieces = preamble if section is self.sections[0] else preamble + section.pieces
+            if section.pieces and all(not needs or needs in have for _, _, needs in pieces):
+                yield section, pieces
+
+    def titles(self, have: Collection[str] = ()) -> list[str]:
+        """Of the sections that have Python."""
+        return [section.title for section, _ in self.programs(have)]
 
 
 def read(path: Path) -> Page:
@@ -90,27 +92,22 @@ def _read_block(page: Page, token: Token) -> None:
         page.commands += [line.removeprefix("$ ").strip() for line in token.content.splitlines() if line.strip()]
 
 
-def run(page: Page, have: frozenset[str] = frozenset()) -> list[str]:
-    """Run a page's Python in this process; the titles of the sections that ran.
-
-    A traceback shows the page and its line. Pieces that need what is not in ``have`` are left out, with the rest of
-    their section.
-    """
-    done = []
-    for section, pieces in page.programs():
+def run(page: Page, have: Collection[str] = ()) -> list[str]:
+    """Run a page's Python in this process; the titles of the sections that ran. A traceback shows the page's line."""
+    for _, pieces in page.programs(have):
         namespace: dict[str, Any] = {"__name__": "__main__"}
-        for line, code, needs in pieces:
-            if needs and needs not in have:
-                break
+        for line, code, _ in pieces:
             if code.lstrip().startswith(">>> "):
-                test = doctest.DocTestParser().get_doctest(code, namespace, page.path.name, str(page.path), line - 1)
-                lines: list[str] = []
-                runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
-                failed = runner.run(test, out=lines.append, clear_globs=False).failed
-                assert not failed, "".join(lines)
-                namespace.update(test.globs)
+                _run_doctest(page.path, line, code, namespace)
             else:
                 exec(compile("\n" * (line - 1) + code, str(page.path), "exec"), namespace)
-        else:
-            done.append(section.title)
-    return done
+    return page.titles(have)
+
+
+def _run_doctest(path: Path, line: int, code: str, namespace: dict[str, Any]) -> None:
+    test = doctest.DocTestParser().get_doctest(code, namespace, path.name, str(path), line - 1)
+    said: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    failed = runner.run(test, out=said.append, clear_globs=False).failed
+    assert not failed, "".join(said)
+    namespace.update(test.globs)

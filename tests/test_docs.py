@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("markdown_it", reason="markdown-it-py is not installed (dependency group: docs)")
 
@@ -29,23 +30,24 @@ PAGES = {
 }
 UNDER_MPI = "docs/mpi.md"  # its Python starts torch.distributed by itself
 ELSEWHERE = {"docs/integrations.md": "test_integrations.py"}  # run there, recipe by recipe, on models of several kinds
+HAVE = ["cuda"] if torch.cuda.is_available() else []
 every_page = pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 
 
 def run_pages(rank: int, size: int, paths: list[Path]) -> list[list[str]]:
     done = []
     for path in paths:
-        done.append(pages.run(pages.read(path)))
+        done.append(pages.run(pages.read(path), HAVE))
         gc.collect()  # DistributedDataParallel must go before its group
     return done
 
 
 def test_python_runs_on_two_ranks(tmp_path: Path) -> None:
     """In processes with a default group over gloo, as scripts under a launcher have it; the same ones for all pages."""
-    some = [page for name, page in PAGES.items() if page.titles() and name not in (UNDER_MPI, *ELSEWHERE)]
+    some = [page for name, page in PAGES.items() if page.titles(HAVE) and name not in (UNDER_MPI, *ELSEWHERE)]
     assert all(name in (Path(__file__).parent / test).read_text() for name, test in ELSEWHERE.items())
     results = run_processes(2, run_pages, tmp_path, [page.path for page in some])
-    assert results == [[page.titles() for page in some]] * 2
+    assert results == [[page.titles(HAVE) for page in some]] * 2
 
 
 @pytest.mark.mpi
