@@ -682,3 +682,43 @@ def test_after_the_reversion(track: bool, momentum: float | None) -> None:
 def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+
+
+def test_ranks_train_like_one_process() -> None:
+    """Sequences of different lengths on three ranks, the loss weighted by valid positions: one process's gradients."""
+
+    class Net(nn.Module):
+        def __init__(self, group: Any) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Conv1d(C, C, 3, padding=1, bias=False) for _ in range(2))
+            self.norms = nn.ModuleList(SyncBatchNorm(C, process_group=group, activation="relu") for _ in range(2))
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            for conv, norm in zip((self.first, self.second), self.norms, strict=True):
+                x = norm(conv(x.masked_fill(~mask, 0.0)), mask=mask)
+            return x
+
+    lengths = torch.tensor([5, 2, 1, 4, 4, 3])
+    x = torch.randn(6, C, 5, dtype=torch.float64)
+    mask = masked.sequence_mask(lengths, 5)
+    sizes, template = (3, 1, 2), Net(None).double()
+    xs, masks = x.split(sizes), mask.split(sizes)
+
+    def gradients(group: Any, x: Tensor, mask: Tensor) -> list[Tensor]:
+        net = Net(group).double()
+        net.load_state_dict(template.state_dict())
+        loss = (net(x, mask) * mask).square().sum() / lengths.sum()
+        return [*torch.autograd.grad(loss, list(net.parameters())), *(norm.running_var for norm in net.norms)]
+
+    count = len(list(template.parameters()))
+    expected = gradients(None, x, mask)
+    results = run_ranks(3, lambda rank, group: gradients(group, xs[rank], masks[rank]))
+    for index, value in enumerate(expected):
+        parts = [result[index] for result in results]
+        close(sum(parts) if index < count else parts[0], value, 1e-12, 1e-12, f"value {index}")
+    # And the padding might as well not be there: two sequences of equal length, cut to it.
+    with torch.no_grad():
+        short, full = (Net(None).double() for _ in range(2))
+        short.load_state_dict(full.state_dict())
+        y = full(x[3:5], mask[3:5])
+        close(short(x[3:5, :, :4], mask[3:5, :, :4]), y[..., :4], 1e-12, 1e-12, "y without padding")
