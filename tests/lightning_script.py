@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from integration_ranks import MICRO, STEPS, data, network, part, sgd, state, train
 from lightning import Fabric, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 import syncbn
@@ -84,13 +85,15 @@ def main(folder: Path) -> None:
     results["after"] = [type(layer).__name__ for layer in module.net]
 
     def trainer(plugin: SyncBatchNormPlugin) -> Trainer:
-        return Trainer(plugins=[plugin], strategy="ddp", accelerator="cpu", devices=2, **SETTINGS)
+        strategy = DDPStrategy(forward_sync_buffers=False)
+        return Trainer(plugins=[plugin], strategy=strategy, accelerator="cpu", devices=2, **SETTINGS)
 
     grouped, other = Module(), trainer(SyncBatchNormPlugin(lambda: dist.new_group([0, 1])))
     other.fit(grouped, loader, loader)
     other.test(grouped, loader, verbose=False)
     results["stages"] = {seen[:2] for seen in grouped.seen}
     groups = {group for where, _, group in grouped.seen if where == "train"}
+    results["without broadcasts"] = state(grouped.net)
     results["own group"] = len(groups) == 1 and None not in groups
 
     failing = Module(fails=True)

@@ -169,6 +169,7 @@ def test_lightning(tmp_path: Path) -> None:
     for rank in range(2):
         results = torch.load(tmp_path / f"rank-{rank}.pt")
         same(results["fit"], whole())
+        same(results["without broadcasts"], whole())
         same(results["fabric"], whole(), 1e-7)  # Fabric rounds outputs to float32
         assert results["seen"] == {("train", "SyncBatchNorm")}
         assert results["after"] == [type(layer).__name__ for layer in network()]
