@@ -603,10 +603,10 @@ def test_checkpointing_counts_once(use_reentrant: bool, world: int) -> None:
 def test_compiled(tracked: bool) -> None:
     """One graph, with the values of the eager layer; garbage in the padding does no harm."""
     torch._dynamo.reset()
-    x = torch.randn(4, C, 5)
-    (mask,) = random_masks([x])
-    x = torch.where(mask, x + 50, float("nan")).requires_grad_()
-    g = torch.randn(4, C, 5) * mask
+    x, g = torch.randn(4, C, 5, 2), torch.randn(4, C, 5, 2)
+    mask = torch.rand(4, 1, 5, 1) < 0.6
+    padding = torch.tensor([float("nan"), 7.0])
+    x = torch.where(mask, x + 50, padding).requires_grad_()
     eager, layer = (layer_like(x, None, track_running_stats=tracked).train(tracked) for _ in range(2))
     y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, mask=mask)
     expected = eager(x, mask=mask)
