@@ -3,7 +3,8 @@
     python benchmarks/masks.py
 
 16 sequences of 80 to 399 positions, padded to 400, 256 channels, float32. "packed" takes the valid positions out, runs
-a layer without a mask over them, and puts them back. The outputs of all ways with masks are compared with float64 first.
+a layer without a mask over them, and puts them back. The outputs of all ways with masks are compared with float64
+first.
 """
 
 from __future__ import annotations
