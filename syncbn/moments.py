@@ -42,14 +42,14 @@ class Moments(NamedTuple):
         m2: shape ``(C,)``, sum of squared deviations from ``mean``; zero where the count is zero.
         bound: no ``|mean|`` and no variance exceeds it; infinite or NaN if one of them is not finite; None where nobody
             looked, because that would wait for the device.
-        count: ``n`` as a number, where somebody looked.
+        size: ``n`` as a number, where somebody looked.
     """
 
     n: Tensor
     mean: Tensor
     m2: Tensor
     bound: float | None = None
-    count: float | None = None
+    size: float | None = None
 
     @property
     def finite(self) -> bool | None:
@@ -59,12 +59,12 @@ class Moments(NamedTuple):
     @property
     def var(self) -> Tensor:
         """Biased variance ``m2 / n``, shape ``(C,)``; zero for an empty batch."""
-        return self.m2 / _at_least_one(self.n if self.count is None else self.count)
+        return self.m2 / _at_least_one(self.n if self.size is None else self.size)
 
     @property
     def unbiased_var(self) -> Tensor:
         """Unbiased variance ``m2 / (n - 1)``, shape ``(C,)``; defined as ``m2`` for counts below 2."""
-        return self.m2 / _at_least_one((self.n if self.count is None else self.count) - 1.0)
+        return self.m2 / _at_least_one((self.n if self.size is None else self.size) - 1.0)
 
     def invstd(self, eps: float) -> Tensor:
         """``1 / sqrt(var + eps)`` with the biased variance, shape ``(C,)``."""
@@ -117,7 +117,7 @@ def look(moments: Moments) -> Moments:
         return moments
     # One sum finds any NaN or infinity; finite values whose sum overflows float64 are as useless as these.
     bound = moments.mean.abs().add_(moments.m2).sum().item()
-    return moments._replace(bound=bound, count=moments.n.item())
+    return moments._replace(bound=bound, size=moments.n.item())
 
 
 def _at_least_one(count: Any) -> Any:
@@ -151,7 +151,7 @@ def update_running_stats(
     if running_mean is None or running_var is None:
         return
     mean, var = moments.mean, moments.unbiased_var
-    if moments.count == 0:
+    if moments.size == 0:
         return
     keep = None
     if moments.bound is None or not moments.bound < torch.finfo(running_var.dtype).max:
@@ -163,7 +163,7 @@ def update_running_stats(
         _lerp_(running, batch, momentum)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass  # (neither frozen nor with slots, which the compiler of torch 2.12 cannot look into)
 class Running:
     """The running statistics of a layer, and how the moments of a batch move them: as data, for a kernel to carry out.
 
@@ -182,8 +182,8 @@ class Running:
         """Count a batch, and move the statistics; with None they have been moved already. An empty batch is none."""
         if self.batches is not None:
             counts: Tensor | int = 1
-            if moments is not None and moments.count is not None:
-                counts = 1 if moments.count > 0 else 0
+            if moments is not None and moments.size is not None:
+                counts = 1 if moments.size > 0 else 0
             elif moments is not None:
                 counts = moments.n > 0  # reading the count would wait
             self.batches.add_(counts)

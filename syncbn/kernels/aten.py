@@ -187,7 +187,7 @@ def _write_output(
     shift = (centre * scale).neg_() if bias is None else torch.addcmul(bias, centre, scale, value=-1)
     vectors = [scale.to(opmath), shift.to(opmath)]
     operands = [x, out, *(t for t in (residual, grad) if t is not None)]
-    if near and not relu and len(operands) == 2 and _in_one_pass(x, *vectors, out):
+    if near and not relu and len(operands) == 2 and _in_one_pass(x, vectors[0], vectors[1], out):
         return
     for piece, target, *extra in _pieces(operands, vectors if pivot is None else [pivot, *vectors]):
         *p, a, b = extra[len(operands) - 2 :]
@@ -339,10 +339,11 @@ def _again_where_far(x: Tensor, sums: Tensor, far: Tensor) -> tuple[Tensor, Tens
     index = far.nonzero().squeeze(1)
     if len(index) > x.shape[1] // 4:
         return _centred_sums(x)
-    values = torch.zeros_like(sums[0]), *sums.unbind()
-    for value, again in zip(values, _centred_sums(x.index_select(1, index)), strict=True):
-        value[index] = again
-    return values
+    pivot = torch.zeros_like(sums[0])
+    total, square = sums.unbind()
+    for values, again in zip((pivot, total, square), _centred_sums(x.index_select(1, index)), strict=True):
+        values[index] = again
+    return pivot, total, square
 
 
 def _plain_sums(x: Tensor, grad: Tensor | None, pivot: Tensor | None) -> Tensor | None:
@@ -362,6 +363,7 @@ def _plain_sums(x: Tensor, grad: Tensor | None, pivot: Tensor | None) -> Tensor 
     parts = _equal_parts(run)
     if run > parts * _MAX_RUN:
         return None
+    shape: tuple[int, ...]
     if columns:  # narrow columns are joined, and long ones cut: pieces one after the other
         shape, inner = (parts, run // parts, 1, outer * channels), 1
     else:
