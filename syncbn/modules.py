@@ -108,9 +108,7 @@ class SyncBatchNorm(_BatchNorm):
         bias: bool = True,
         activation: str | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:  # (the keyword came with torch 2.12)
-            self.register_parameter("bias", None)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         if activation not in functional.ACTIVATIONS:
             raise ValueError(f"activation must be one of {functional.ACTIVATIONS}, got {activation!r}")
         self.process_group = process_group
