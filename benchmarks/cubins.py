@@ -1,12 +1,12 @@
 """Compile the GPU kernels ahead of time, without a GPU: what the compiler makes of each variant.
 
-    python benchmarks/cubins.py                  # compute capability 9.0 and 8.0
-    python benchmarks/cubins.py --arch 90 --sass # and how wide its accesses are, counted in the machine code
+    python benchmarks/cubins.py                      # compute capability 9.0 and 8.0
+    python benchmarks/cubins.py --sass --csv cubins.csv
 
 The kernels are called as the layer calls them, for a set of shapes, layouts and dtypes; what would be launched is
-compiled to machine code by the assembler that Triton brings along. Printed and written to a CSV: registers per thread,
-bytes spilled to local memory, shared memory, and how many accesses of 16 bytes and of less the code has. Fails if a
-variant spills.
+compiled to machine code by the assembler that Triton brings along. Printed: registers per thread, bytes of stack and of
+local memory (to which registers are spilled), shared memory, and with --sass how many accesses to global memory of 16
+bytes and of less the code has. Fails if a variant uses local memory.
 """
 
 from __future__ import annotations
@@ -23,22 +23,14 @@ from typing import Any
 import timing
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from syncbn.kernels import triton as kernels
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LARGE = (64, 256, 56, 56)
 SHAPES = [LARGE, (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7), (2, 64, 112, 112), (4096, 256), (64, 3, 5)]
-TYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.int64: "i64",
-}
 
 
 @contextmanager
@@ -82,57 +74,48 @@ def step(shape: tuple[int, ...], dtype: torch.dtype, columns: bool, relu: bool, 
         kernels.relu_gradient(g, x, mean, invstd, weight, bias, residual)
 
 
-def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, int]:
-    """What a launch compiles: types of the arguments, constants, and which pointers are multiples of 16 bytes."""
-    options = dict(options)
-    warps = options.pop("warps", 4)
-    names = kernel.arg_names
-    values = dict(zip(names, args, strict=False)) | options
-    assert set(values) == set(names), (kernel, set(names) ^ set(values))
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for index, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name] = "constexpr"
-            constants[index,] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = f"*{TYPES[value.dtype]}"
-            if value.data_ptr() % 16 == 0:
-                attributes[index,] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = parameter.annotation_type or "fp32"
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
-    return ASTSource(kernel, signature, constants, attributes), warps
+class NoDevice:
+    """Stands for the driver of a GPU of some architecture, for Triton to compile for what it would find."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
 
 
-def variants(quick: bool) -> list[tuple[str, ASTSource, int]]:
-    """Every different kernel that the shapes lead to, with a description."""
-    found: dict[str, tuple[str, ASTSource, int]] = {}
+def variants(quick: bool) -> Iterator[tuple[str, int, Any]]:
+    """Every different kernel that the shapes lead to, compiled, with a description and its number of warps."""
+    seen: set[str] = set()
     # (No memory is touched: these tensors are only looked at.)
     cases = [(shape, dtype, columns, relu, False)
              for shape in SHAPES for dtype in (torch.bfloat16, torch.float32)
              for columns in (False, True) for relu in (False, True) if len(shape) > 2 or not columns]  # fmt: skip
-    cases += [
-        ((64, 48, 3, 5), torch.float16, columns, relu, True) for columns in (False, True) for relu in (False, True)
-    ]
+    cases += [((64, 48, 3, 5), torch.float16, columns, relu, True)
+              for columns in (False, True) for relu in (False, True)]  # fmt: skip
     if quick:
         cases = [((64, 48, 3, 5), torch.float16, True, True, True)]
+    shipped = kernels._WIDE
     for wide in (False,) if quick else (False, True):
-        kernels._WIDE, before = (0 if wide else kernels._WIDE), kernels._WIDE
         for shape, dtype, columns, relu, half in cases[:: 9 if wide else 1]:
+            kernels._WIDE = 0 if wide else shipped
             with recorded() as launches:
                 step(shape, dtype, columns, relu, half)
+            kernels._WIDE = shipped
             for kernel, args, options in launches:
-                made, warps = source(kernel, args, options)
-                layout = "columns" if columns else "rows"
-                what = f"{kernel.__name__} {'x'.join(map(str, shape))} {layout} {dtype}".replace("torch.", "")
-                what += (" relu" if relu else "") + (" wide" if wide else "")
-                found.setdefault(made.hash() + str(warps), (what, made, warps))
-        kernels._WIDE = before
-    return list(found.values())
+                warps = options.pop("warps", 4)
+                compiled = kernel.warmup(*args, grid=(1,), num_warps=warps, **options)
+                what = f"{kernel.__name__} {'x'.join(map(str, shape))} {'columns' if columns else 'rows'} {dtype}"
+                what = what.replace("torch.", "") + (" relu" if relu else "") + (" wide" if wide else "")
+                if compiled.hash not in seen:
+                    seen.add(compiled.hash)
+                    yield what, warps, compiled
 
 
 def accesses(cubin: bytes) -> tuple[int, int]:
@@ -167,29 +150,27 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[90, 80])
     parser.add_argument("--sass", action="store_true", help="count accesses in the machine code")
     parser.add_argument("--quick", action="store_true", help="one small layer only")
-    parser.add_argument("--only", default="", help="variants whose description contains this")
+    parser.add_argument("--csv", default="", help="name of a file below benchmarks/results to write")
     args = parser.parse_args()
     rows: list[dict[str, object]] = []
     spilled = []
-    for what, made, warps in variants(args.quick):
-        if args.only not in what:
-            continue
-        for arch in args.arch:
-            done = triton.compile(made, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
-            usage = resources(done.asm["cubin"])
+    for arch in args.arch:
+        driver.set_active(NoDevice(arch))
+        for what, warps, compiled in variants(args.quick):
+            usage = resources(compiled.asm["cubin"])
             row: dict[str, object] = {
                 "kernel": what, "arch": arch, "warps": warps, "registers": usage["REG"], "stack": usage["STACK"],
-                "local": usage.get("LOCAL", 0), "shared": done.metadata.shared,
+                "local": usage.get("LOCAL", 0), "shared": compiled.metadata.shared,
             }  # fmt: skip
             if args.sass:
-                row["16-byte accesses"], row["narrower"] = accesses(done.asm["cubin"])
+                row["16-byte accesses"], row["narrower"] = accesses(compiled.asm["cubin"])
             rows.append(row)
             print("  ".join(f"{key} {value}" if key != "kernel" else f"{value:<70}" for key, value in row.items()))
             if usage["STACK"] or usage.get("LOCAL"):
                 spilled.append(row)
     print(f"{len(rows)} kernels compiled by Triton {triton.__version__}, {len(spilled)} with local memory")
-    if not args.only and not args.quick:
-        print(f"written: {timing.write_csv('cubins.csv', [row | {'triton': triton.__version__} for row in rows])}")
+    if args.csv:
+        print(f"written: {timing.write_csv(args.csv, [row | {'triton': triton.__version__} for row in rows])}")
     if spilled:
         raise SystemExit(f"local memory is used: {spilled}")
 

@@ -9,13 +9,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
 def run(*command: str, interpret: bool, timeout: float = 110) -> str:
@@ -29,11 +31,26 @@ def run(*command: str, interpret: bool, timeout: float = 110) -> str:
     return done.stdout
 
 
+def version(module: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
+@pytest.mark.skipif(
+    version(triton) < (3, 7) and version(numpy) >= (2, 4), reason="this interpreter needs a numpy below 2.4"
+)
 @pytest.mark.parametrize("what", ["kernels", "layer"])
 def test_in_the_interpreter(what: str) -> None:
-    """All tests of tests/interpreted: each function against the reference, and the layer against the oracle."""
-    said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/interpreted/{what}.py", interpret=True)
+    """All tests of tests/device: each function against the reference, and the layer against the oracle."""
+    said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/device/{what}.py", interpret=True)
     assert " passed" in said and "skipped" not in said
+
+
+def test_the_benchmark_without_a_gpu() -> None:
+    """Results checked and launches counted, end to end, on tiny shapes; nothing is timed."""
+    options = "--interpret", "--layouts", "NHWC", "--dtypes", "float32"
+    said = run("benchmarks/gpu.py", *options, interpret=False)
+    assert "layer 4x20x9x9 NHWC float32 both" in said and "syncbn kernels 6" in said and "nothing was timed" in said
+    assert " us" not in said
 
 
 def test_every_kernel_compiles() -> None:

@@ -1,11 +1,13 @@
-"""The layer on its path for devices, on CPU tensors: Triton's interpreter, and a sum over ranks that are threads.
+"""The layer on its path for devices, with a sum over ranks that are threads (over gloo, which takes CUDA tensors too).
 
-Started by test_triton.py with TRITON_INTERPRET=1.
+Started by test_triton.py for CPU tensors in Triton's interpreter (TRITON_INTERPRET=1), and by test_gpu.py for a GPU
+(SYNCBN_TEST_DEVICE=cuda).
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -24,8 +26,10 @@ from syncbn import comm, kernels
 from syncbn.kernels import triton
 from syncbn.moments import Running
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in which the interpreter computes
+# numpy, in which the interpreter computes, warns of what is not finite, and of what older interpreters do with it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
 
+DEVICE = torch.device(os.environ.get("SYNCBN_TEST_DEVICE", "cpu"))
 launches: dict[int, list[str]] = {}  # per thread
 lock = threading.Lock()
 
@@ -40,13 +44,13 @@ class OnDevice(comm.AllReduce):
         self.in_place = True
 
     def _reduce(self, message: Tensor, call: Any, width: int) -> None:
-        values = message.numpy()  # (which no mode sees)
+        values = message.cpu().numpy()  # (which no mode sees)
         assert np.isfinite(values[6:]).all() or values[4] == 1, "unwritten memory in a message"
         launches[threading.get_ident()].append("sum")
         super()._reduce(message, call, width)
 
     def _check_later(self, slots: Tensor, call: Any, width: int) -> None:
-        self._check(tuple(slots.numpy().tolist()), call, width, self._number)
+        self._check(tuple(slots.cpu().numpy().tolist()), call, width, self._number)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -73,13 +77,17 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "_interpreted", True)
     # The interpreter cuts bfloat16 off where devices round: a unit in the last place, not half of one.
     monkeypatch.setitem(TOLERANCE, torch.bfloat16, (2 * TOLERANCE[torch.bfloat16][0], TOLERANCE[torch.bfloat16][1]))
-    kernels._load_triton(torch.device("cpu"))
+    before = torch.get_default_device()
+    torch.set_default_device(DEVICE)
+    assert kernels.fused(torch.zeros(1, 1)) is triton
     with comm.forced():
         yield
+    torch.set_default_device(before)
 
 
 def connect(group: Any) -> None:
-    comm._links[group] = {"cpu": OnDevice(group, torch.device("cpu"))}
+    torch.set_default_device(DEVICE)  # (of this thread)
+    comm._links[group] = {DEVICE.type: OnDevice(group, DEVICE)}
 
 
 FORWARD = ["measure", "finish_moments", "sum", "normalize"]
@@ -258,7 +266,7 @@ def test_ranks_that_differ_are_found() -> None:
 def test_the_rank_that_is_not_finite_is_named() -> None:
     def body(rank: int, group: Any) -> None:
         connect(group)
-        link = comm.link(group, torch.device("cpu"))
+        link = comm.link(group, DEVICE)
         launches[threading.get_ident()] = []
         x = torch.randn(4, 3, 5)
         if rank == 1:
