@@ -36,7 +36,11 @@ def requirements() -> list[str]:
 
 
 def test_torch_is_the_only_runtime_dependency() -> None:
-    assert [name_of(entry) for entry in PROJECT["project"]["dependencies"]] == ["torch"]
+    (torch,) = PROJECT["project"]["dependencies"]
+    assert name_of(torch) == "torch"
+    least = torch.removeprefix("torch>=")
+    assert f"needs PyTorch ({least} or later)" in " ".join((ROOT / "README.md").read_text().split())
+    assert f"needs torch {least} or later" in (ROOT / "docs" / "integrations.md").read_text()
 
 
 @pytest.mark.parametrize("requirement", requirements())
