@@ -57,7 +57,6 @@ MODES: dict[str, dict[str, Any]] = {
     "small_buckets": {"ddp": {"bucket_cap_mb_list": [0.0001, 0.001]}},
     "one_copy": {"ddp": {"batched_grad_copy": True}},
     "skip_unused": {"ddp": {"find_unused_parameters": True, "skip_all_reduce_unused_params": True}, "use_spare": False},
-    "delayed": {"delay": "head.weight", "dtype": torch.float32, "tolerance": 1e-4},  # (its buffer is float32)
     "autocast": {"autocast": True, "dtype": torch.float32, "tolerance": 3e-2},
     "grad_scaler": {"scaler": True, "dtype": torch.float32, "tolerance": 1e-4},
     "compiled": {"compile": "before"},
@@ -84,21 +83,13 @@ def train(net: Any, samples: slice, mode: dict[str, Any], averaged: bool) -> Non
             sgd.zero_grad()
 
 
-def delayed(net: nn.Module, name: str | None) -> dict[str, Any]:
-    """Options by which one parameter is averaged late, once the gradient of another is there."""
-    if name is None:
-        return {}
-    late, first = net.get_parameter(name), net.get_parameter("conv1.weight")
-    return {"delay_all_reduce_named_params": [(name, late)], "param_to_hook_all_reduce": first}
-
-
 def ranks_train(rank: int, size: int, names: list[str]) -> dict[str, dict[str, Tensor]]:
     states = {}
     for name in names:
         mode = MODES[name]
         net = syncbn.convert_sync_batchnorm(Net().to(mode.get("dtype", torch.float64)))
         inner: Any = torch.compile(net, backend="aot_eager") if mode.get("compile") == "before" else net
-        ddp: Any = DistributedDataParallel(inner, **mode.get("ddp", delayed(net, mode.get("delay"))))
+        ddp: Any = DistributedDataParallel(inner, **mode.get("ddp", {}))
         if mode.get("compile") == "after":
             ddp = torch.compile(ddp, backend="aot_eager")
         train(ddp, slice(rank * MICRO, (rank + 1) * MICRO), mode, averaged=mode.get("accumulate", 1) > 1)
