@@ -255,14 +255,15 @@ def _read_sums(sums, c, inside, channels, eps):
 
 @triton.jit
 def _affine(mean, invstd, weight, bias, c, inside):
-    """Pivot, scale and shift in float32, so that `(x - pivot) * scale + shift` is the output."""
+    """Pivot, scale and shift in float32: `(x - pivot) * scale + shift` is the output. The same bits each time."""
     scale = invstd
     if weight is not None:
         scale = invstd * _wide(tl.load(weight + c, mask=inside, other=0.0))
     pivot = mean.to(tl.float32)
-    shift = (pivot.to(tl.float64) - mean) * scale
+    shift = tl.zeros_like(scale)
     if bias is not None:
-        shift += _wide(tl.load(bias + c, mask=inside, other=0.0))
+        shift = _wide(tl.load(bias + c, mask=inside, other=0.0))
+    shift = tl.fma(pivot.to(tl.float64) - mean, scale, shift)
     return pivot, scale.to(tl.float32), shift.to(tl.float32)
 
 
