@@ -247,10 +247,10 @@ def _read_sums(sums, c, inside, channels, eps):
     n = tl.load(sums)
     total = tl.load(sums + 1 + c, mask=inside, other=0.0)
     squares = tl.load(sums + 1 + channels + c, mask=inside, other=0.0)
-    divisor = tl.maximum(n, 1.0)
-    mean = total / divisor
+    share = 1.0 / tl.maximum(n, 1.0)  # (a division is many instructions, and threads share channels)
+    mean = total * share
     m2 = _at_least_zero(squares - mean * total)
-    return n, mean, m2, 1.0 / tl.sqrt(m2 / divisor + eps)
+    return n, mean, m2, 1.0 / tl.sqrt(m2 * share + eps)
 
 
 @triton.jit
@@ -459,9 +459,9 @@ def input_gradient(
     deviation = tl.load(invstd + c, mask=inside, other=0.0)
     pivot, scale, shift = _affine(mu, deviation, weight, bias, c, inside)
     if dx is not None:
-        n = tl.maximum(tl.load(count), 1.0)
-        slope = tl.load(sums + channels + c, mask=inside, other=0.0) / n * deviation
-        level = tl.load(sums + c, mask=inside, other=0.0) / n + slope * (pivot.to(tl.float64) - mu)
+        share = 1.0 / tl.maximum(tl.load(count), 1.0)
+        slope = tl.load(sums + channels + c, mask=inside, other=0.0) * share * deviation
+        level = tl.load(sums + c, mask=inside, other=0.0) * share + slope * (pivot.to(tl.float64) - mu)
         wide_scale = deviation
         if weight is not None:
             wide_scale = deviation * _wide(tl.load(weight + c, mask=inside, other=0.0))

@@ -264,6 +264,23 @@ def test_float32_is_never_less_accurate_than_torch(layout: str, ratio: float, mo
 
 
 @pytest.mark.parametrize("layout", [ROWS, COLUMNS])
+@pytest.mark.parametrize("ratio", [1e3, 1e5])
+def test_far_from_zero_nothing_is_lost(layout: str, ratio: float) -> None:
+    e = Example((6, 5, 8, 6), layout, F32, mean=ratio)
+    stats = e.mean, e.invstd, e.weight, e.bias
+    y = reference.normalize(e.x.double(), *stats)
+    torch.testing.assert_close(kernels.normalize(e.x, *stats).double(), y, rtol=0, atol=2e-6)
+    # A gradient with a mean, and one that follows the input: both sums are large.
+    vectors = e.mean.view(-1, 1, 1), e.invstd.view(-1, 1, 1)
+    grad = (1 + (e.x.double() - vectors[0]) * vectors[1]).float()
+    sums = reference.gradient_sums(grad, e.x, *stats[:2])
+    torch.testing.assert_close(kernels.gradient_sums(grad, e.x, *stats[:2]), sums, rtol=1e-6, atol=0)
+    dx = reference.input_gradient(grad.double(), e.x.double(), *stats[:3], sums, e.count)
+    ours = kernels.input_gradient(grad, e.x, *stats[:3], sums, e.count)
+    torch.testing.assert_close(ours.double(), dx, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("layout", [ROWS, COLUMNS])
 def test_long_runs_and_a_pivot_far_off(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tiles than one run of a program takes, of which the first is no guide to the others."""
     cut(monkeypatch, "fine", _TILE=256, _PROGRAMS=1)

@@ -27,7 +27,10 @@ from syncbn.kernels import triton
 from syncbn.moments import Running
 
 # numpy, in which the interpreter computes, warns of what is not finite, and of what older interpreters do with it.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning",
+    "ignore:Conversion of an array:DeprecationWarning",
+)
 
 DEVICE = torch.device(os.environ.get("SYNCBN_TEST_DEVICE", "cpu"))
 launches: dict[int, list[str]] = {}  # per thread
@@ -280,6 +283,31 @@ def test_the_rank_that_is_not_finite_is_named() -> None:
         assert layer.running_mean.isfinite().all() and layer.running_mean[1] == 0
 
     run_ranks(2, body)
+
+
+class Arrived:
+    """Stands for the event behind a copy that has arrived."""
+
+    def query(self) -> bool:
+        return True
+
+
+def test_a_warning_names_the_rank_in_a_later_step() -> None:
+    def body(rank: int, group: Any) -> None:
+        connect(group)
+        link = comm.link(group, DEVICE)
+        link._check_later = lambda slots, call, width: link._late.append(
+            (Arrived(), slots.clone(), call, width, link._number)
+        )
+        launches[threading.get_ident()] = []
+        layer = syncbn.SyncBatchNorm(3, process_group=group)
+        layer.layer_name = "stem"
+        layer(torch.full((4, 3), torch.inf))
+        with pytest.warns(RuntimeWarning, match="layer 'stem' are not finite; they came from rank 0"):
+            layer(torch.randn(4, 3))
+        layer(torch.full((4, 3), torch.inf)), layer(torch.randn(4, 3))  # said once
+
+    run_ranks(1, body)
 
 
 def test_what_a_kernel_cannot_move_is_moved_by_others() -> None:
