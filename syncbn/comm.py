@@ -330,6 +330,7 @@ class AllReduce(Link):
 
     On a CPU the slots are checked at once. On a device that would wait for it: there they are copied to the host in the
     background and looked at in later exchanges, as soon as they have arrived; ``SYNCBN_CHECKS=sync`` checks at once.
+    A warning of ranks whose statistics are not finite comes then, too.
     """
 
     sees_each_rank = False
