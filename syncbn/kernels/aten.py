@@ -18,7 +18,8 @@ Why these operations (`benchmarks/kernels.py` prints the candidates with their e
   means are within `_NEAR` standard deviations of zero, centring gains no digits; on a CPU, where looking is cheap,
   it is then left out, and one pass with it.
 * `alpha * x + beta` with values per channel is what `native_batch_norm` does in evaluation mode, in one vectorized
-  pass for both layouts. The gradient is one such pass over x, and then an `addcmul_` of the output's gradient.
+  pass over rows; over columns it is one `addcmul`. The gradient is such a pass over x, and then an `addcmul_` of the
+  output's gradient.
 * Two sums in one read come from `native_batch_norm_backward` in evaluation mode with unit variance, which
   returns `(sum a * (b - pivot), sum a)`, vectorized in both layouts. For the statistics both operands are a
   slice of d. Reading x itself instead saves the slice and loses the variance (16 % off, and more for columns).
@@ -28,6 +29,7 @@ Why these operations (`benchmarks/kernels.py` prints the candidates with their e
 * Its float32 partial sums run over at most a slice and at most `_MAX_RUN` positions; these add up in float64.
 * Broadcast operands that are constant along the inner dimension are vectorized only one at a time, hence `mul_`
   and `add_` where rows cannot have evaluation mode's loop, and columns one `addcmul`.
+* Narrow columns are joined to rows of some hundred values, for longer loops.
 * Small inputs are converted to float64 and summed directly: fewer calls, which is all that counts there.
 
 The functions write with `out=`, so they are for use where autograd does not record (inside a
@@ -52,8 +54,8 @@ _MAX_RUN = 1 << 12
 _WIDTH = 512
 # Up to this many standard deviations off zero, an output that is not centred first is as exact as one that is.
 _NEAR = 2.0
-# Up to this many elements, the fewest calls win over the fewest bytes.
-_SMALL = 1 << 16
+# Up to this many elements in all that is read, the fewest calls win over the fewest bytes.
+_SMALL = 1 << 15
 
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _threshold_backward = torch.ops.aten.threshold_backward.grad_input
@@ -218,7 +220,7 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tens
     channels = x.shape[1]
     if x.numel() == 0:
         return x.new_zeros(2 * channels, dtype=torch.float64)
-    if x.numel() <= _SMALL:
+    if 2 * x.numel() <= _SMALL:
         return _small_gradient_sums(grad, x, mean, invstd)
     opmath = _opmath(x)
     pivot = None if _is_near(x, mean, invstd) else mean.to(opmath)
@@ -302,8 +304,7 @@ def input_gradient(
     slope = mean_dot.mul_(invstd).mul_(scale)
     shift = torch.mul(mean if pivot is None else mean - pivot, slope).addcmul_(mean_g, scale, value=-1)
     vectors = [slope.neg_().to(opmath), shift.to(opmath), scale.to(opmath)]
-    if near and _in_one_pass(x, vectors[0], vectors[1], dx):
-        dx.addcmul_(grad, _along_channels(vectors[2], x))
+    if near and _in_one_pass(x, vectors[0], vectors[1], dx, grad, vectors[2]):
         return dx
     for piece, out, g, *p, k, b, a in _pieces((x, dx, grad), vectors if pivot is None else [pivot, *vectors]):
         d = out if x.dtype is opmath else torch.empty_like(piece, dtype=opmath)
@@ -465,18 +466,37 @@ def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> No
         torch.addcmul(shift, x, scale, out=out)
 
 
-def _in_one_pass(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> bool:
-    """`out <- x * scale + shift` per channel by the loop that evaluation mode has for x, if there is a quick one.
+def _in_one_pass(
+    x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, other: Tensor | None = None, factor: Tensor | None = None
+) -> bool:
+    """`out <- x * scale + shift (+ other * factor)` per channel, if there is a quick way for x: one pass (or two).
 
-    Broadcast operations take two passes, or vectorize only one of them.
+    For rows it is the loop of evaluation mode, as broadcast operations take two passes, or vectorize only one of them.
     """
-    if x.dim() < 3 or not _may_read(x) or x.dtype is not scale.dtype or out.stride() != x.stride():
+    if not _may_read(x) or x.dtype is not scale.dtype or out.stride() != x.stride():
         return False
-    if not x.is_contiguous() and not (x.dim() in (4, 5) and x.movedim(1, -1).is_contiguous()):
+    if x.dim() > 2 and x.is_contiguous():
+        zero, unused = torch.zeros_like(scale), scale.new_empty(0)
+        outputs = out, unused, unused
+        torch.native_batch_norm(x, scale, shift, zero, torch.ones_like(zero), False, 0.0, 0.0, out=outputs)
+        if other is not None and factor is not None:
+            out.addcmul_(other, _along_channels(factor, x))
+        return True
+    if x.numel() <= _SMALL or not _has_columns(x) or (other is not None and other.stride() != x.stride()):
         return False
-    one = torch.ones_like(scale)
-    unused = scale.new_empty(0)
-    torch.native_batch_norm(x, scale, shift, torch.zeros_like(scale), one, False, 0.0, 0.0, out=(out, unused, unused))
+    channels = len(scale)
+    joined = math.gcd(x.numel() // channels, max(1, _WIDTH // channels))
+
+    def matrix(t: Tensor) -> Tensor:
+        return t.movedim(1, -1).view(-1, joined * channels)
+
+    def tiled(vector: Tensor) -> Tensor:
+        return vector if joined == 1 else vector.expand(joined, channels).reshape(-1)
+
+    wide = matrix(out)
+    torch.addcmul(tiled(shift), matrix(x), tiled(scale), out=wide)
+    if other is not None and factor is not None:
+        wide.addcmul_(matrix(other), tiled(factor))
     return True
 
 
