@@ -12,6 +12,7 @@ bytes and of less the code has. Fails if a variant uses local memory.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import tempfile
@@ -121,29 +122,24 @@ def variants(quick: bool) -> Iterator[tuple[str, int, Any]]:
 
 def accesses(cubin: bytes) -> tuple[int, int]:
     """Accesses to global memory in the machine code: those of 16 bytes, and narrower ones."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [BIN / "cuobjdump", "--dump-sass", file.name], capture_output=True, text=True, check=True,
-            env={"PATH": f"{BIN}:/usr/bin:/bin"},
-        ).stdout  # fmt: skip
-    found = re.findall(r"\b(?:LDG|STG)(\.[\w.]+)", text)
+    found = re.findall(r"\b(?:LDG|STG)(\.[\w.]+)", dump(cubin, "--dump-sass"))
     wide = sum(".128" in name for name in found)
     return wide, len(found) - wide
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers per thread, and bytes of stack and shared memory, as the assembler recorded them."""
+    """Registers per thread, and bytes of stack, local and shared memory, as the assembler recorded them."""
+    usage = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", dump(cubin, "--dump-resource-usage"))
+    return {name: int(value) for name, value in usage}
+
+
+def dump(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [BIN / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True,
-            env={"PATH": f"{BIN}:/usr/bin:/bin"},
-        ).stdout  # fmt: skip
-    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text))
-    return {name: int(value) for name, value in usage.items()}
+        path = {"PATH": f"{BIN}:{os.environ['PATH']}"}  # (it starts the disassembler beside it)
+        command = [BIN / "cuobjdump", what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | path).stdout
 
 
 def main() -> None:
