@@ -90,6 +90,8 @@ bench: $(STAMP) ## all benchmarks on 2 ranks, gloo and MPI, into benchmarks/resu
 
 experiments: $(STAMP) ## the full sweep behind the numbers in the README, into examples/results
 	$(BIN)/python -m syncbn.launch -n 4 examples/small_batch.py --full --out examples/results/small_batch
+	$(BIN)/python -m syncbn.launch -n 4 examples/discrepancy.py --full --out examples/results/discrepancy
+	$(BIN)/python -m syncbn.launch -n 4 examples/batch_renorm.py --full --out examples/results/batch_renorm
 	$(BIN)/python -m syncbn.launch -n 4 examples/equivalence.py
 	$(BIN)/python -m syncbn.launch -n 2 examples/equivalence.py
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,10 +60,11 @@ def launch(ranks: int, script: str, *arguments: str | Path) -> str:
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The examples as modules, importable as they are among themselves."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    import batch_renorm
     import equivalence
     import small_batch
 
-    return {"small_batch": small_batch, "equivalence": equivalence}
+    return {"small_batch": small_batch, "equivalence": equivalence, "batch_renorm": batch_renorm}
 
 
 @pytest.mark.integration
@@ -77,6 +79,44 @@ def test_small_batch_shows_the_gap(tmp_path: Path) -> None:
     assert float(rows["sync"]["train_loss"]) < 0.5 * float(rows["local"]["train_loss"])
     assert (tmp_path / "small_batch.png").read_bytes().startswith(b"\x89PNG")
     assert "| 2 |" in out and str(tmp_path / "small_batch.png") in out
+
+
+@pytest.mark.integration
+def test_discrepancy_shrinks_with_the_batch(tmp_path: Path) -> None:
+    options = ("--samples", "4", "32", "--seeds", "1", "--epochs", "1")
+    assert "| 32 | SyncBN |" in launch(2, "discrepancy.py", *options, "--out", tmp_path)
+    with (tmp_path / "runs.csv").open() as file:
+        rows = {(row["norm"], row["samples_per_device"]): row for row in csv.DictReader(file)}
+    distance = {key: float(row["distance"]) for key, row in rows.items()}
+    assert set(rows) == {(norm, samples) for norm in ("local", "sync") for samples in ("4", "32")}
+    assert distance["sync", "4"] < distance["local", "4"] and distance["local", "32"] < distance["local", "4"]
+    assert all(0 < float(row["batch_loss"]) < 5 and 0 < float(row["running_loss"]) < 5 for row in rows.values())
+    assert (tmp_path / "discrepancy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.integration
+def test_batch_renorm_reaches_all_ranks(tmp_path: Path) -> None:
+    options = ("--samples", "16", "--seeds", "1", "--epochs", "2")
+    out = launch(2, "batch_renorm.py", *options, "--out", tmp_path)
+    (line,) = [line for line in out.splitlines() if line.startswith("A loss")]
+    numbers = re.findall(r"norm ([0-9.]+) .* ranks, ([0-9.]+) without", line)[0]
+    assert float(numbers[0]) > 0.1 and float(numbers[1]) == 0, line
+    with (tmp_path / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["norm"] for row in rows} == {"local", "renorm", "sync", "sync_renorm"}
+    loss = {(row["norm"], row["epoch"]): float(row["train_loss"]) for row in rows}
+    assert all(loss[norm, "2"] < loss[norm, "1"] < 3 for norm, _ in loss)
+    assert (tmp_path / "batch_renorm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_batch_renorm_without_limits_uses_running_statistics(modules: dict[str, ModuleType]) -> None:
+    """Within limits of 1 and 0 it is batch norm; without limits, the values of evaluation mode."""
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(0)) * 2 + 1
+    layer = modules["batch_renorm"].BatchRenorm(3)
+    torch.testing.assert_close(layer(x), F.batch_norm(x, None, None, training=True))
+    layer.r_max = layer.d_max = float("inf")
+    expected = layer.eval()(x)
+    torch.testing.assert_close(layer.train()(x), expected)
 
 
 @pytest.mark.integration
