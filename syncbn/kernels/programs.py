@@ -335,7 +335,6 @@ def normalize(
             tl.store(count, n)
             if batches is not None:
                 counted = tl.load(batches) + (n > 0).to(tl.int64)
-                tl.store(batches, counted)
                 if CUMULATIVE:
                     # By this program for all channels: another one might read the counter before or after the store.
                     weight_of_new = 1.0 / tl.maximum(counted, 1).to(tl.float64)
@@ -343,6 +342,8 @@ def normalize(
                         k = other * BC + tl.arange(0, BC)
                         _, mu_k, m2_k, _ = _read_sums(sums, k, k < channels, channels, eps)
                         _remember(running_mean, running_var, n, mu_k, m2_k, weight_of_new, k, k < channels)
+                    tl.debug_barrier()  # each warp has read the counter, before one of them stores it
+                tl.store(batches, counted)
     else:
         mu = tl.load(mean + c, mask=inside, other=0.0)
         deviation = tl.load(invstd + c, mask=inside, other=0.0)
