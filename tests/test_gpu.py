@@ -85,7 +85,9 @@ def test_several_ranks_on_one_device(sizes: tuple[int, ...], dtype: torch.dtype,
     def body(rank: int, group: Any) -> Any:
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         layer = syncbn.SyncBatchNorm(20, process_group=group, device=DEVICE, dtype=wide)
-        return step(layer, xs[rank].to(DEVICE), gs[rank].to(DEVICE))
+        # A backward on a GPU runs in one thread for all ranks of this process, in which they would wait for each other.
+        with torch.autograd.set_multithreading_enabled(False):
+            return step(layer, xs[rank].to(DEVICE), gs[rank].to(DEVICE))
 
     assert_on_gpu_matches(run_ranks(len(sizes), body), whole_batch(xs, gs), dtype)
 

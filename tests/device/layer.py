@@ -83,13 +83,15 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_default_device()
     torch.set_default_device(DEVICE)
     assert kernels.fused(torch.zeros(1, 1)) is triton
-    with comm.forced():
+    with comm.forced(), torch.autograd.set_multithreading_enabled(False):
         yield
     torch.set_default_device(before)
 
 
 def connect(group: Any) -> None:
     torch.set_default_device(DEVICE)  # (of this thread)
+    # A backward on a GPU runs in one thread for all ranks of this process, in which they would wait for each other.
+    torch.autograd.set_multithreading_enabled(False)
     comm._links[group] = {DEVICE.type: OnDevice(group, DEVICE)}
 
 
