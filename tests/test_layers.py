@@ -26,7 +26,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("modules",),
     ("convert",),
     ("accumulation", "manifest", "population"),
-    ("diagnostics", "lightning"),
+    ("diagnostics", "lightning", "_doctor"),
+    ("__main__",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
