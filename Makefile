@@ -92,8 +92,8 @@ experiments: $(STAMP) ## the full sweep behind the numbers in the README, into e
 	$(BIN)/python -m syncbn.launch -n 4 examples/small_batch.py --full --out examples/results/small_batch
 	$(BIN)/python -m syncbn.launch -n 4 examples/discrepancy.py --full --out examples/results/discrepancy
 	$(BIN)/python -m syncbn.launch -n 4 examples/batch_renorm.py --full --out examples/results/batch_renorm
-	$(BIN)/python -m syncbn.launch -n 4 examples/equivalence.py
-	$(BIN)/python -m syncbn.launch -n 2 examples/equivalence.py
+	$(BIN)/python -m syncbn.launch -n 4 examples/claims.py --full --out examples/results/claims
+	$(BIN)/python -m syncbn.launch -n 4 examples/equivalence.py --out examples/results/equivalence
 
 clean: ## remove the environment and everything else that was made here
 	rm -rf $(VENV) $(OUT) build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -7,18 +7,20 @@ end. An uneven split must agree too. Local batch norm, the negative control, mus
 
     python -m syncbn.launch -n 4 examples/equivalence.py
 
-It prints a table, and exits with 1 if a tolerance is missed or the control passes.
+It prints a table, and exits with 1 if a tolerance is missed or the control passes. ``steps.csv`` (the difference of the
+losses at each step) and ``equivalence.png`` go into the folder given by ``--out``.
 """
 
 import argparse
 import dataclasses
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from digits import Digits, build_mlp, load_data
+from digits import Digits, build_mlp, load_data, picture, write_csv
 from torch import Tensor, nn
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -43,6 +45,17 @@ class Difference:
     loss: float
     weights: float
     statistics: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One line of the CSV: the absolute difference of the losses at a step, in nats."""
+
+    dtype: str
+    norm: str
+    split: str
+    step: int
+    loss_difference: float
 
 
 CASES = [
@@ -105,7 +118,7 @@ def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
 
 
-def compare(case: Case, data: Digits, steps: int) -> Difference | None:
+def compare(case: Case, data: Digits, steps: int) -> tuple[Difference, list[Step]] | None:
     """Train on all ranks and, on rank 0, alone; return how far apart they are (None on other ranks)."""
     sizes = shares(case.split, dist.get_world_size())
     start = sum(sizes[: dist.get_rank()])
@@ -115,11 +128,14 @@ def compare(case: Case, data: Digits, steps: int) -> Difference | None:
         return None
     alone = build_mlp("local", seed=0).to(case.dtype)
     expected = train(alone, data, case, steps, None)
-    return Difference(
-        loss=(losses - expected).abs().max().item(),
+    apart = (losses - expected).abs().tolist()
+    difference = Difference(
+        loss=max(apart),
         weights=largest(dict(model.named_parameters()), dict(alone.named_parameters())),
         statistics=largest(dict(model.named_buffers()), dict(alone.named_buffers())),
     )
+    name = str(case.dtype).removeprefix("torch.")
+    return difference, [Step(name, case.norm, case.split, i + 1, value) for i, value in enumerate(apart)]
 
 
 def holds(case: Case, difference: Difference) -> bool:
@@ -139,10 +155,33 @@ def format_row(case: Case, difference: Difference, good: bool) -> str:
     return "| " + " | ".join([*cells, due, "yes" if good else "NO"]) + " |"
 
 
+def draw(steps: list[Step], world: int, path: Path) -> None:
+    """Draw the difference of the losses at each step, one panel for each precision."""
+    with picture(path, f"{world} ranks against one process with the whole batch of {TOTAL_BATCH}") as axes:
+        for axis, dtype in zip(axes, TOLERANCES, strict=True):
+            name = str(dtype).removeprefix("torch.")
+            for norm, split, label, marker in (
+                ("local", "even", "local BN, the control", "x"),
+                ("sync", "uneven", "SyncBN, uneven split", "s"),
+                ("sync", "even", "SyncBN, even split", "o"),
+            ):
+                shown = [s for s in steps if (s.dtype, s.norm, s.split) == (name, norm, split)]
+                # Where the losses are equal to the bit there is nothing to draw on a logarithmic axis.
+                shown = [s for s in shown if s.loss_difference > 0]
+                axis.plot([s.step for s in shown], [s.loss_difference for s in shown], marker, ms=3, label=label)
+            axis.axhline(TOLERANCES[dtype], color="black", ls="--", lw=1, label=f"tolerance {TOLERANCES[dtype]:.0e}")
+            axis.set_yscale("log")
+            axis.set_title(name)
+            axis.set_xlabel("SGD step")
+            axis.set_ylabel("difference of the losses (nats; equal ones left out)")
+            axis.legend(fontsize=8, loc="center right")
+
+
 def main() -> int:
     """Run all cases on the ranks that the launcher started; return the exit code, the same on every rank."""
     parser = argparse.ArgumentParser(description="N ranks against one process with the whole batch.")
     parser.add_argument("--steps", type=int, default=200, help="SGD steps (200)")
+    parser.add_argument("--out", type=Path, default=Path("out/equivalence"), help="folder for CSV and PNG")
     args = parser.parse_args()
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         parser.error("needs 2 or more ranks: python -m syncbn.launch -n 4 examples/equivalence.py")
@@ -155,12 +194,18 @@ def main() -> int:
         print(f"{world} ranks against one process, {args.steps} steps, total batch {TOTAL_BATCH}")
         print("| dtype | layer | split | loss diff | weight diff | statistics diff | loss due | holds |")
         print("|" + "---|" * 8)
+    steps: list[Step] = []
     for case in CASES:
-        difference = compare(case, data, args.steps)
-        if difference is not None:
+        compared = compare(case, data, args.steps)
+        if compared is not None:
+            difference, of_case = compared
+            steps += of_case
             good = holds(case, difference)
             failures += not good
             print(format_row(case, difference, good), flush=True)
+    if dist.get_rank() == 0:
+        write_csv(steps, args.out / "steps.csv")
+        draw(steps, dist.get_world_size(), args.out / "equivalence.png")
     dist.broadcast(failures, src=0)
     dist.destroy_process_group()
     return int(failures.item() > 0)

@@ -120,12 +120,32 @@ def test_batch_renorm_without_limits_uses_running_statistics(modules: dict[str, 
 
 
 @pytest.mark.integration
-def test_equivalence_holds_and_its_control_fails() -> None:
-    out = launch(3, "equivalence.py", "--steps", "40")
+def test_equivalence_holds_and_its_control_fails(tmp_path: Path) -> None:
+    out = launch(3, "equivalence.py", "--steps", "40", "--out", tmp_path)
     rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| float")]
     assert len(rows) == 6 and all(row[-1].strip() == "yes" for row in rows), out
     losses = {tuple(cell.strip() for cell in row[:3]): float(row[3]) for row in rows}
     assert losses["float64", "SyncBN", "uneven"] <= 1e-12 < 1e-2 < losses["float64", "local BN (control)", "even"]
+    with (tmp_path / "steps.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 6 * 40
+    assert (tmp_path / "equivalence.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.integration
+def test_claims_hold(tmp_path: Path) -> None:
+    """SyncBN stands a learning rate and a scale of the weights at which a network without it learns nothing."""
+    options = ("--samples", "16", "--seeds", "1", "--epochs", "2", "--rates", "0.1", "1", "--scales", "0.1")
+    out = launch(2, "claims.py", *options, "--out", tmp_path)
+    with (tmp_path / "sweeps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    accuracy = {(row["swept"], float(row["value"]), row["norm"]): float(row["test_accuracy"]) for row in rows}
+    assert accuracy["rate", 1.0, "sync"] > 40 > accuracy["rate", 1.0, "none"]
+    assert accuracy["scale", 0.1, "sync"] > 80 > 40 > accuracy["scale", 0.1, "none"]
+    with (tmp_path / "activations.csv").open() as file:
+        channels = [row for row in csv.DictReader(file) if (row["where"], row["batch"]) == ("after", "global")]
+    assert len(channels) == 128
+    assert all(abs(float(row["mean"])) < 1e-6 and abs(float(row["std"]) - 1) < 1e-2 for row in channels)
+    assert "the input again" in out and (tmp_path / "claims.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_equivalence_can_fail(modules: dict[str, ModuleType]) -> None:
