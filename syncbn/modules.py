@@ -108,11 +108,21 @@ class SyncBatchNorm(_BatchNorm):
         bias: bool = True,
         activation: str | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # (torch's own batch norms have the argument from torch 2.12 on)
+            self.register_parameter("bias", None)
         if activation not in functional.ACTIVATIONS:
             raise ValueError(f"activation must be one of {functional.ACTIVATIONS}, got {activation!r}")
         self.process_group = process_group
         self.activation = activation
+
+    def reset_parameters(self) -> None:
+        """Set the running statistics, weight and bias to what they were at first."""
+        if self.affine and self._parameters["bias"] is None:  # (torch 2.11 takes it for granted that there is a bias)
+            self.reset_running_stats()
+            torch.nn.init.ones_(self.weight)
+        else:
+            super().reset_parameters()
 
     @property
     def process_group(self) -> Any:

@@ -18,6 +18,7 @@ from oracle import assert_matches, step, whole_batch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 import syncbn
 from syncbn import comm
@@ -229,13 +230,41 @@ def test_one_all_reduce_each_way() -> None:
         return make_boxed_func(graph)
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        return aot_module_simplified(graph, inputs, fw_compiler=keep, bw_compiler=keep)
+        # Parted as for inductor: the default of torch 2.11 makes the forward's collectives again in the backward.
+        part = min_cut_rematerialization_partition
+        return aot_module_simplified(graph, inputs, fw_compiler=keep, bw_compiler=keep, partition_fn=part)
 
     model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.BatchNorm1d(4)))
     model(torch.randn(5, 3, requires_grad=True))
     run = torch.compile(model, fullgraph=True, backend=backend)
     run(torch.randn(5, 3, requires_grad=True)).square().sum().backward()
     assert [sum("all_reduce" in target for target in graph) for graph in graphs] == [2, 2]
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_output_is_returned_once(dtype: torch.dtype, relu: bool) -> None:
+    """The compiler of torch 2.11 returns every value of a Function's forward, and gives the last place the gradient."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.fwd_body_0)
+        return graph.forward
+
+    layer = affine_layer(3, activation="relu" if relu else None)
+    torch.compile(layer, fullgraph=True, backend=keep)(torch.randn(5, 3, 4, dtype=dtype))
+    (graph,) = graphs
+    shapes = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+    inputs = [torch.randn(fake.shape, dtype=fake.dtype) for fake in shapes]
+    values: list[Any] = []
+
+    class Values(torch.fx.Interpreter):
+        def run_node(self, node: torch.fx.Node) -> Any:
+            values.append(super().run_node(node))
+            return values[-1]
+
+    (y, *_), _ = Values(graph).run(*inputs)
+    assert [value is y for value in values].count(True) == 1
 
 
 def test_double_backward_through_a_compiled_model_is_an_error() -> None:

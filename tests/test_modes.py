@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,16 @@ def data(steps: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+KNOWN = inspect.signature(DistributedDataParallel).parameters
+SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in KNOWN else "broadcast_buffers"  # before torch 2.13
+
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "gradient_as_bucket_view": {"ddp": {"gradient_as_bucket_view": True}},
     "static_graph": {"ddp": {"static_graph": True}},
     "find_unused_parameters": {"ddp": {"find_unused_parameters": True}, "use_spare": False},
     "no_sync": {"accumulate": 2},
-    "own_statistics": {"ddp": {"forward_sync_buffers": False}},
+    "own_statistics": {"ddp": {SYNC_BUFFERS: False}},
     "small_buckets": {"ddp": {"bucket_cap_mb_list": [0.0001, 0.001]}},
     "one_copy": {"ddp": {"batched_grad_copy": True}},
     "skip_unused": {"ddp": {"find_unused_parameters": True, "skip_all_reduce_unused_params": True}, "use_spare": False},
@@ -62,6 +66,8 @@ MODES: dict[str, dict[str, Any]] = {
     "compiled": {"compile": "before"},
     "compiled_ddp": {"compile": "after"},
 }
+for name in [name for name, mode in MODES.items() if not mode.get("ddp", {}).keys() <= KNOWN.keys()]:
+    del MODES[name]  # this version of torch lacks it
 
 
 def train(net: Any, samples: slice, mode: dict[str, Any], averaged: bool) -> None:

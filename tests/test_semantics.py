@@ -394,6 +394,18 @@ def test_without_parameters(affine: bool, bias: bool) -> None:
             close(result["dweight"], expected.dweight[rank], 1e-12, 1e-12, "dweight")
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_reset_parameters(bias: bool) -> None:
+    layer = SyncBatchNorm(C, bias=bias)
+    fresh = {name: value.clone() for name, value in layer.state_dict().items()}
+    with torch.no_grad():
+        for value in layer.state_dict().values():
+            value.add_(3)
+    layer.reset_parameters()
+    assert layer.state_dict().keys() == fresh.keys()
+    assert all(torch.equal(value, fresh[name]) for name, value in layer.state_dict().items())
+
+
 @pytest.mark.parametrize("frozen", ["weight", "bias", "both"])
 def test_frozen_parameters(frozen: str) -> None:
     xs = inputs((3, 2), 4)
