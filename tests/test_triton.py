@@ -18,9 +18,10 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.timeout(300)  # interpreters are slow, and the machine may be busy
 
 
-def run(*command: str, interpret: bool, timeout: float = 110) -> str:
+def run(*command: str, interpret: bool, timeout: float = 280) -> str:
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     variables |= {"TRITON_INTERPRET": "1"} if interpret else {}
     variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{variables.get('PYTHONPATH', '')}"}
