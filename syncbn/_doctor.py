@@ -163,8 +163,7 @@ class Doctor:
     # ---- looking
 
     def _accelerators(self, folder: Path) -> dict[str, Any]:
-        build = torch.version.cuda or torch.version.hip or torch.xpu._is_compiled()
-        if not build:
+        if not _accelerators_possible():
             note = "this host has a GPU driver, but this torch is built for CPUs" if launch._has_gpu() else None
             return {"accelerators": [], "note": note}
         self._ask([sys.executable, "-m", "syncbn._doctor", "devices", str(folder / "devices")], folder / "devices")
@@ -357,6 +356,10 @@ def backends() -> dict[str, bool]:
         "ucc": dist.is_ucc_available(),
         "mpi": dist.is_mpi_available(),
     }
+
+
+def _accelerators_possible() -> bool:
+    return bool(torch.version.cuda or torch.version.hip or torch.xpu._is_compiled())
 
 
 def accelerators() -> dict[str, Any]:

@@ -1,0 +1,223 @@
+"""``python -m syncbn``: the doctor finds what works and what does not, in time, and leaves no process behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from syncbn import _doctor, launch
+from syncbn.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for the doctor's files, by which its processes are known; an environment that changes nothing."""
+    for name in [name for name in os.environ if name.startswith(_doctor.VARIABLES)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(_doctor, "_accelerators_possible", lambda: False)
+    return tmp_path
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Processes that have the folder in their command line; those that have just been ended get a second."""
+    found: list[str] = []
+    for _ in range(20):
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if str(folder) in line:
+                found.append(line)
+        if not found:
+            break
+        time.sleep(0.05)
+    return found
+
+
+def problem(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one problem that the doctor finds, from its JSON."""
+    assert main(["doctor", "--no-mpi", "--json", *words]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["works"] is False
+    assert [test["works"] for test in report["tests"]] == [False]
+    (line,) = report["problems"]
+    assert "\n" not in line and "Traceback" not in line
+    return line
+
+
+def test_doctor_passes(
+    alone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[_doctor.Doctor] = []
+    create = _doctor.Doctor.__init__
+
+    def remember(doctor: _doctor.Doctor, *args: Any) -> None:
+        create(doctor, *args)
+        made.append(doctor)
+
+    monkeypatch.setattr(_doctor.Doctor, "__init__", remember)
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--no-mpi"]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    lines = dict(line.split(maxsplit=1) for line in output.out.splitlines() if not line.startswith("test "))
+    assert lines["result"] == "works"
+    assert "test gloo    ok: 2 ranks; forward and backward off by" in output.out
+    assert "gloo" in lines["backends"].split(";")[0]
+    report = json.loads(json.dumps(made[0].report))
+    assert report["works"] is True and report["problems"] == []
+    assert report["versions"]["torch"] in lines["versions"]
+    (test,) = report["tests"]
+    assert test["works"] and test["ranks"] == 2 and 0 < test["latency_us"] < 1e6
+    # Not zero: rounding differs between two ranks and one process, so the numbers come from a real comparison.
+    assert all(0 < test["errors"][name] <= bound for name, bound in _doctor.TOLERANCE.items())
+    assert not left_behind(alone) and not list(alone.glob("syncbn-doctor-*"))
+
+
+@pytest.mark.mpi
+def test_doctor_tries_mpi(alone: Path) -> None:
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed: syncbn[mpi]")
+    if not Path(sys.executable).with_name("mpiexec").exists() and shutil.which("mpiexec") is None:
+        pytest.skip("no mpiexec in PATH or beside this Python: syncbn[mpi]")
+    said: list[tuple[str, str]] = []
+    doctor = _doctor.Doctor(60.0, True, lambda part, line: said.append((part, line)))
+    found = doctor._look_for_mpi(alone)
+    assert Path(found["mpiexec"]).name.startswith("mpiexec") and found["library"]
+    doctor._try("mpi4py", 2, alone)
+    assert doctor.report["problems"] == []
+    assert said[-1][0] == "test mpi4py" and said[-1][1].startswith("ok: 2 ranks")
+
+
+def test_a_wrong_interface_is_one_line(
+    alone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nonsense")
+    line = problem(capsys)
+    assert line.startswith("test gloo: rank ") and "nonsense" in line
+    assert not left_behind(alone)
+
+
+def test_a_killed_rank_is_one_line(
+    alone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (alone / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1' and '_worker' in str(sys.orig_argv): os.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{alone}:{ROOT}")
+    monkeypatch.setattr(_doctor, "GRACE", 0.2)
+    assert problem(capsys) == "test gloo: killed by SIGKILL: it said nothing"
+    assert not left_behind(alone)
+
+
+def test_verbose_has_the_details(
+    alone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (alone / "sitecustomize.py").write_text(
+        "import os, sys\nif os.environ.get('RANK') == '1' and '_worker' in str(sys.orig_argv):\n"
+        "    print('a hint', file=sys.stderr, flush=True)\n    os._exit(3)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{alone}:{ROOT}")
+    monkeypatch.setattr(_doctor, "GRACE", 0.2)
+    assert main(["doctor", "--no-mpi", "--verbose"]) == 1
+    output = capsys.readouterr()
+    assert "test gloo    FAILED: a hint\n" in output.out and output.out.endswith("result       1 problem\n")
+    assert output.err.splitlines() == ["---- test gloo", "a hint"]
+
+
+def test_the_deadline_is_kept(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
+    assert problem(capsys, "--timeout", "0.3") == "test gloo: not done within the 0.3 s of --timeout"
+    assert time.monotonic() - started < 10
+    assert not left_behind(alone)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_and_its_ranks(
+    alone: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    wait = _doctor.Doctor._run
+
+    def wait_and_be_ended(doctor: _doctor.Doctor, processes: list[Any], folder: Path) -> None:
+        assert [process.poll() for process in processes] == [None, None]
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+        wait(doctor, processes, folder)
+
+    monkeypatch.setattr(_doctor.Doctor, "_run", wait_and_be_ended)
+    if number == signal.SIGTERM:
+        with pytest.raises(SystemExit) as ended:
+            main(["doctor", "--no-mpi"])
+        assert ended.value.code == code
+    else:
+        assert main(["doctor", "--no-mpi"]) == code
+    assert not left_behind(alone) and not list(alone.glob("syncbn-doctor-*"))
+
+
+def test_ranks_that_are_off_are_a_failure() -> None:
+    good = {"errors": {"float64": 1e-15, "float32": 1e-7}, "statistics": [1.0], "latency_us": 5.0}
+    assert _doctor._judge([good, good]) == {"errors": good["errors"], "latency_us": 5.0}
+    with pytest.raises(_doctor.Failure, match=r"in float32 is off by 1.0e-02"):
+        _doctor._judge([good, good | {"errors": {"float64": 1e-15, "float32": 1e-2}}])
+    with pytest.raises(_doctor.Failure, match="running statistics of the ranks are not equal"):
+        _doctor._judge([good, good | {"statistics": [1.0 + 1e-16, 2.0]}])
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["nonsense"], "invalid choice"),
+        (["doctor", "nonsense"], "unrecognized arguments: nonsense"),
+        (["doctor", "--timeout", "0"], "positive number of seconds, got 0"),
+        (["doctor", "--timeout", "soon"], "positive number of seconds, got soon"),
+        (["version", "--json"], "unrecognized arguments"),
+        (["launch"], "no script"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_launch_is_the_launcher(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dry-run", "-n", "2", "--max-restarts", "1", str(Path(__file__)), "--json"]
+    said = []
+    for call in (lambda: main(["launch", *words]), lambda: launch.main(words)):
+        with pytest.raises(SystemExit) as ended:
+            call()
+        assert ended.value.code == 0
+        said.append(capsys.readouterr())
+    assert said[0] == said[1] and "torch.distributed.run" in said[0].out
+
+
+def test_help_and_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "syncbn"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert all(command in done.stdout for command in ("doctor", "launch", "version"))
+    assert main(["version"]) == 0
+    shown = capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == shown and shown.startswith("syncbn ")
