@@ -173,7 +173,7 @@ class SyncBatchNorm(_BatchNorm):
             eps=self.eps,
             group=self._group.resolve(),
             activation=self._activation,
-            remember=(self._collect or self._remember) if remembers else None,
+            remember=None if not remembers else self._remember if self._collect is None else self._collect,
             local_momentum=self.momentum if self._collect is None else None,
             channels=self.num_features or None,  # a lazy layer that loaded a state_dict never learns its number
             layer=self._layer_name,

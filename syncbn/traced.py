@@ -83,8 +83,8 @@ class _Traced(torch.autograd.Function):
         ctx.save_for_backward(x, weight, residual if relu else None, mask, vectors, mean, invstd, n)
         ctx.mark_non_differentiable(n, mean, m2)
         ctx.relu, ctx.group, ctx.call = relu, group, Call(header.BACKWARD, layer, flags)
-        # Without a `to` that gives y itself: the compiler of torch 2.11 also returns all that is computed on the way, and
-        # the gradient of a tensor that is returned twice is lost.
+        # Without a `to` that gives y itself: the compiler of torch 2.11 also returns all that is computed on the way,
+        # and the gradient of a tensor that is returned twice is lost.
         return y if y.dtype == x.dtype else y.to(x.dtype), n, mean, m2
 
     @staticmethod
