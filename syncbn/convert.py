@@ -246,6 +246,9 @@ def _subclass_of(cls: Any) -> type[SyncBatchNorm]:
     ]
     if forwards:
         plain = all(_calls_super(forward) for forward in forwards)
+        reason = "F.batch_norm called by a subclass is synchronized in eager mode only"
+        # Made here and not above, where it is needed by few: it imports the compiler.
+        uncompiled: Any = None if plain else torch.compiler.disable(_forward_in_eager_mode, reason=reason)
 
         def forward(self: SyncBatchNorm, *args: Any, **kwargs: Any) -> Any:
             above = super(target, self).forward
@@ -253,7 +256,7 @@ def _subclass_of(cls: Any) -> type[SyncBatchNorm]:
                 return _watched_forward(self, above, args, kwargs, _Watch() if plain else _Redirect(self))
             if plain or not self.training or not must_synchronize_compiled(self._group.resolve()):
                 return above(*args, **kwargs)
-            return _uncompiled_forward(self, above, args, kwargs)
+            return uncompiled(self, above, args, kwargs)
 
         target.forward = forward
         target._normalize = _reached_normalize
@@ -369,12 +372,6 @@ def _forward_in_eager_mode(
     self: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     return _watched_forward(self, forward, args, kwargs, _Redirect(self))
-
-
-# (As an expression, not as a decorator: torch.compiler is not annotated.)
-_uncompiled_forward: Any = torch.compiler.disable(
-    _forward_in_eager_mode, reason="F.batch_norm called by a subclass is synchronized in eager mode only"
-)
 
 
 def _reached_normalize(self: Any, *args: Any, **kwargs: Any) -> Tensor:

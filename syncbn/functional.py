@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn import autograd, comm, header, masked, traced
+from syncbn import autograd, comm, header, masked
 from syncbn.autograd import GlobalMomentsFunction, Plan
 from syncbn.comm import Link
 from syncbn.groups import resolve_group
@@ -186,6 +186,8 @@ def batch_norm(
     measures = mask is not None and (training or running_mean is None or running_var is None)
     synchronizes = training and compiling and comm.must_synchronize_compiled(group)
     if compiling and (synchronizes or measures):
+        from syncbn import traced  # here, for it imports the compiler
+
         return traced.batch_norm(
             input, weight, bias, residual, eps=eps, relu=activation == "relu", group=group if synchronizes else None,
             remember=remember, layer=layer, flags=flags, mask=mask,
