@@ -113,11 +113,11 @@ class Doctor:
         found["devices"] = {"cpu": cpu(), "accelerators": [], "note": None}
         with self._part("devices"):
             found["devices"] |= self._accelerators(folder)
-        self._say("devices", _devices_line(found["devices"]))
+            self._say("devices", _devices_line(found["devices"]))
         found["mpi"] = {"library": None, "mpiexec": None, "note": None}
         with self._part("mpi"):
             found["mpi"] |= self._look_for_mpi(folder)
-        self._say("mpi", _mpi_line(found["mpi"]))
+            self._say("mpi", _mpi_line(found["mpi"]))
         found["backends"] = backends()
         if self._mpi is not False:
             found["backends"]["mpi4py"] = found["mpi"]["library"] is not None
@@ -538,8 +538,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def one_line(error: Any) -> str:
-    """An error as one line, without the C++ frames that torch adds."""
-    text = " ".join(str(error).partition("Exception raised from")[0].split())
+    """An error as one line, without the C++ places that torch adds."""
+    text = re.sub(r"\[enforce fail at [^]]*\] ", "", str(error).partition("Exception raised from")[0])
+    text = " ".join(text.split())
     return f"{type(error).__name__}: {text[:500]}" if isinstance(error, BaseException) else text[:500]
 
 
@@ -590,7 +591,7 @@ def _devices_line(found: Mapping[str, Any]) -> str:
 
 
 def _mpi_line(found: Mapping[str, Any]) -> str:
-    return "; ".join(text for text in (found["library"], found["mpiexec"], found["note"]) if text) or "not usable"
+    return "; ".join(text for text in (found["library"], found["mpiexec"], found["note"]) if text)
 
 
 def _trial_line(result: Mapping[str, Any]) -> str:

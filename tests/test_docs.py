@@ -97,7 +97,8 @@ def check_command(words: list[str]) -> None:
     if "-m" in rest:
         module = rest[rest.index("-m") + 1]
         if module.startswith("syncbn"):
-            assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), words
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), words
 
 
 @every_page
