@@ -67,11 +67,12 @@ _ASSIGNMENT = re.compile(r"\w+=")
 
 
 class Failure(Exception):
-    """A part does not work: one line, and what its processes wrote."""
+    """A part does not work: one line, what its processes wrote, and the exit code of the first that failed."""
 
-    def __init__(self, line: str, details: str = "") -> None:
+    def __init__(self, line: str, details: str = "", code: int | None = None) -> None:
         super().__init__(line)
         self.details = details
+        self.code = code
 
 
 class Doctor:
@@ -185,7 +186,7 @@ class Doctor:
         try:
             plan = self._ask([*_launcher("mpi", 2), "--dry-run", "-m", "syncbn._doctor"], folder / "mpiexec")
         except Failure as error:
-            if self._mpi:
+            if self._mpi or error.code != 2:  # 2: the launcher refuses, as there is no mpiexec
                 raise
             return {"library": library, "note": f"not tried: {error}"}
         return {"library": library, "mpiexec": next(word for word in shlex.split(plan) if not _ASSIGNMENT.match(word))}
@@ -254,7 +255,7 @@ class Doctor:
             earliest = min(problems, key=lambda report: report["time"])
             raise Failure(f"rank {earliest['rank']}: {earliest['problem']}", _output(folder))
         how = f"killed by {signal.Signals(-code).name}: " if code < 0 else ""
-        raise Failure(how + last_words(_output(folder)), _output(folder))
+        raise Failure(how + last_words(_output(folder)), _output(folder), code)
 
     def _wait(self, processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -428,7 +429,7 @@ def rank_of_trial(folder: Path, backend: str, seconds: float) -> dict[str, Any]:
         for name in TOLERANCE:
             errors[name], running = exactness(getattr(torch, name), device)
             statistics_of += running
-    report = {"rank": dist.get_rank(), "errors": errors, "statistics": statistics_of, "latency_us": latency(device)}
+        report = {"rank": dist.get_rank(), "errors": errors, "statistics": statistics_of, "latency_us": latency(device)}
     dist.destroy_process_group()
     return report
 
@@ -541,7 +542,7 @@ def one_line(error: Any) -> str:
     """An error as one line, without the C++ places that torch adds."""
     text = re.sub(r"\[enforce fail at [^]]*\] ", "", str(error).partition("Exception raised from")[0])
     text = " ".join(text.split())
-    return f"{type(error).__name__}: {text[:500]}" if isinstance(error, BaseException) else text[:500]
+    return f"{type(error).__name__}: {text[:500]}".removesuffix(": ") if isinstance(error, Exception) else text[:500]
 
 
 def last_words(output: str) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from syncbn import _doctor, launch
 from syncbn.__main__ import main
@@ -114,15 +116,19 @@ def test_a_wrong_interface_is_one_line(
     assert not left_behind(alone)
 
 
+def break_rank_1(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Run a line of Python in rank 1 of a trial, as it starts."""
+    (folder / "sitecustomize.py").write_text(
+        f"import os, sys\nif os.environ.get('RANK') == '1' and '_worker' in str(sys.orig_argv): {how}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
+    monkeypatch.setattr(_doctor, "GRACE", 0.2)
+
+
 def test_a_killed_rank_is_one_line(
     alone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (alone / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "if os.environ.get('RANK') == '1' and '_worker' in str(sys.orig_argv): os.kill(os.getpid(), 9)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{alone}:{ROOT}")
-    monkeypatch.setattr(_doctor, "GRACE", 0.2)
+    break_rank_1(alone, monkeypatch, "os.kill(os.getpid(), 9)")
     assert problem(capsys) == "test gloo: killed by SIGKILL: it said nothing"
     assert not left_behind(alone)
 
@@ -130,16 +136,40 @@ def test_a_killed_rank_is_one_line(
 def test_verbose_has_the_details(
     alone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (alone / "sitecustomize.py").write_text(
-        "import os, sys\nif os.environ.get('RANK') == '1' and '_worker' in str(sys.orig_argv):\n"
-        "    print('a hint', file=sys.stderr, flush=True)\n    os._exit(3)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{alone}:{ROOT}")
-    monkeypatch.setattr(_doctor, "GRACE", 0.2)
+    break_rank_1(alone, monkeypatch, "print('a hint', file=sys.stderr, flush=True); os._exit(3)")
     assert main(["doctor", "--no-mpi", "--verbose"]) == 1
     output = capsys.readouterr()
     assert "test gloo    FAILED: a hint\n" in output.out and output.out.endswith("result       1 problem\n")
     assert output.err.splitlines() == ["---- test gloo", "a hint"]
+
+
+def test_a_hung_mpiexec_is_a_problem_and_an_absent_one_is_not(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(launcher: str, mpi: bool | None, timeout: float = 60.0) -> dict[str, Any]:
+        doctor = _doctor.Doctor(timeout, mpi, lambda part, line: None)
+        monkeypatch.setattr(_doctor, "_ASK_MPI", "print('A library\\nof MPI')")
+        monkeypatch.setattr(_doctor, "_launcher", lambda engine, ranks: [sys.executable, "-c", launcher])
+        return doctor._look_for_mpi(Path(tempfile.mkdtemp()))
+
+    monkeypatch.setattr(_doctor.importlib.util, "find_spec", lambda name: object())
+    refuses = "import sys; print('syncbn-launch: error: no mpiexec', file=sys.stderr); sys.exit(2)"
+    assert look(refuses, None) == {"library": "A library", "note": "not tried: no mpiexec"}
+    with pytest.raises(_doctor.Failure, match="no mpiexec"):
+        look(refuses, True)
+    assert look("print('A=1 /b/mpiexec -n 2')", None)["mpiexec"] == "/b/mpiexec"
+    monkeypatch.setattr(_doctor, "GRACE", 0.5)
+    with pytest.raises(_doctor.Failure, match=r"not done within the 0\.5 s"):
+        look("import time; time.sleep(60)", None, timeout=0.5)
+    assert not left_behind(alone)
+
+
+@pytest.mark.nccl
+@pytest.mark.skipif(not torch.cuda.is_available() or not dist.is_nccl_available(), reason="no CUDA device with NCCL")
+def test_doctor_tries_nccl(tmp_path: Path) -> None:
+    doctor = _doctor.Doctor(90.0, False, lambda part, line: None)
+    (device, *_) = doctor._accelerators(tmp_path)["accelerators"]
+    assert device["name"] == torch.cuda.get_device_name(0)
+    doctor._try("nccl", 1, tmp_path)
+    assert doctor.report["problems"] == [], doctor.details
 
 
 def test_the_deadline_is_kept(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
