@@ -48,6 +48,8 @@ def batch_norm(
     """
     if mask is not None:  # (as masked.finite_padding)
         x = torch.where(mask | torch.isfinite(x), x, 0)
+    # Views, so that no tensor is passed twice, as x with itself as the residual: the compiler loses one gradient of it.
+    bias, residual = (None if tensor is None else tensor.view_as(tensor) for tensor in (bias, residual))
     y, n, mean, m2 = _Traced.apply(x, weight, bias, residual, mask, eps, relu, group, layer, flags)
     if remember is not None:
         remember(Moments(n, mean, m2))

@@ -77,6 +77,17 @@ def test_residual_and_relu_in_both_layouts(layout: str, backend: str) -> None:
     assert result["y"].is_contiguous(memory_format=form)
 
 
+def test_the_input_as_its_own_residual_and_one_vector_as_weight_and_bias() -> None:
+    """A tensor that is passed twice has both gradients: the compiler of torch 2.12 loses one, that of 2.13 refuses."""
+    layer = affine_layer(4, dtype=torch.float64)
+    layer.bias = layer.weight
+    x, g = torch.randn(6, 4, dtype=torch.float64, requires_grad=True), torch.randn(6, 4, dtype=torch.float64)
+    for values in (lambda net: net(x, x), lambda net: net(x)):
+        torch._dynamo.reset()
+        expected = torch.autograd.grad(values(layer), [x, layer.weight], g)
+        torch.testing.assert_close(torch.autograd.grad(values(compiled(layer)), [x, layer.weight], g), expected)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
 def test_inductor_reductions_keep_their_digits(offset: float) -> None:
     layer = syncbn.SyncBatchNorm(4, momentum=1.0, affine=False)
