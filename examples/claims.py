@@ -208,7 +208,7 @@ def draw(args: argparse.Namespace, rows: list[Activation], results: list[Result]
         fourth.set_yscale("log")
         fourth.set_xlabel("epoch")
         fourth.set_ylabel("train loss (nats)")
-        fourth.legend()
+        fourth.legend(fontsize=7)
 
 
 def report(args: argparse.Namespace, rows: list[Activation], error: float, results: list[Result]) -> None:
