@@ -278,7 +278,10 @@ def run(options: argparse.Namespace) -> int:
         options: ``timeout`` in seconds, ``mpi`` (None: where it is installed), ``json``, ``verbose``.
     """
     doctor = Doctor(options.timeout, options.mpi, (lambda part, line: None) if options.json else _print)
-    before = {number: signal.signal(number, _end_by_signal) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [
+        number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN
+    ]  # nohup
+    before = {number: signal.signal(number, _end_by_signal) for number in heard}
     try:
         works = doctor.examine()
     except KeyboardInterrupt:
