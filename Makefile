@@ -90,6 +90,8 @@ bench: $(STAMP) ## all benchmarks on 2 ranks, gloo and MPI, into benchmarks/resu
 
 experiments: $(STAMP) ## the full sweep behind the numbers in the README, into examples/results
 	$(BIN)/python -m syncbn.launch -n 4 examples/small_batch.py --full --out examples/results/small_batch
+	$(BIN)/python -m syncbn.launch -n 4 examples/population.py --full --out examples/results/population
+	$(BIN)/python -m syncbn.launch -n 8 examples/group_size.py --full --out examples/results/group_size
 	$(BIN)/python -m syncbn.launch -n 4 examples/discrepancy.py --full --out examples/results/discrepancy
 	$(BIN)/python -m syncbn.launch -n 4 examples/batch_renorm.py --full --out examples/results/batch_renorm
 	$(BIN)/python -m syncbn.launch -n 4 examples/claims.py --full --out examples/results/claims

@@ -25,7 +25,7 @@ The estimator:
 * **Standard errors** are taken over groups; channels, which depend on each other, are averaged within a group first.
 
 For independent Gaussian values, n per device and channel, ``mean_noise`` is ``1 / sqrt(n k)`` exactly, and
-``std_noise`` near ``1 / sqrt(2 n k)`` for n k of 16 and more.
+``std_noise`` within 4 % of ``1 / sqrt(2 n k)`` for n k of 64 and more, and larger below.
 
 What a layer sees depends on how the layers before it normalize: the model is measured as it is, in the mode it is in.
 """
@@ -194,12 +194,14 @@ class NoiseReport:
         figure = Figure(figsize=(7 + 1.9 * columns, 4.8), layout="constrained")
         axis = figure.add_subplot()
         colours = matplotlib.colormaps["viridis"]
+        handles: list[Any] = []
         for i, (layer, rows) in enumerate(layers.items()):
             colour = colours(0.92 * i / max(len(layers) - 1, 1))
             sizes, noises = [row.group_size for row in rows], [row.noise for row in rows]
             errors = [row.noise_error for row in rows]
-            axis.errorbar(sizes, noises, errors, marker="o", ms=3, lw=1.2, capsize=2, color=colour, label=layer)
-        axis.axhline(self.threshold, color="tab:red", ls="--", lw=1.2, label=f"threshold {self.threshold:g}")
+            handles.append(axis.errorbar(sizes, noises, errors, fmt="o-", ms=3, lw=1.2, color=colour, label=layer))
+        label = f"threshold {self.threshold:g}"
+        handles.append(axis.axhline(self.threshold, color="tab:red", ls="--", lw=1.2, label=label))
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         ticks = sorted({row.group_size for row in self.rows})
@@ -210,7 +212,9 @@ class NoiseReport:
         axis.set_title(f"Noise of batch statistics ({ranks}, {self.batches} batches each)")
         axis.grid(alpha=0.3, which="both")
         small = 8 if len(layers) <= 26 else 6.5
-        figure.legend(loc="outside right upper", ncols=columns, fontsize=small, title="layer, first to last")
+        figure.legend(
+            handles=handles, loc="outside right upper", ncols=columns, fontsize=small, title="layer, first to last"
+        )
         figure.savefig(path, dpi=150)
 
     def __str__(self) -> str:

@@ -1,0 +1,350 @@
+"""Over how many ranks should batch norm synchronize? A sweep of the group size, beside what the noise report says.
+
+Multilayer perceptrons learn scikit-learn's handwritten digits on all ranks, with statistics shared within groups of 1,
+2, 4, ... ranks. All else is the same: data, order, weights at the start, learning rate, gradients over all ranks. On
+the network that is synchronized over all of them, `syncbn.diagnostics.measure_noise` says how noisy the statistics of
+k ranks are, and over how many to synchronize. Does the group size that it recommends reach the test accuracy of full
+synchronization, to within one point? ::
+
+    python -m syncbn.launch -n 4 examples/group_size.py
+
+It prints a table and the answers, and writes into the folder given by ``--out``: ``runs.csv`` (one line per run),
+``answers.csv`` (one per recommendation), ``noise.csv`` (the reports), ``group_size.png`` and ``noise.png``. The default
+(the shallow network, 2 samples per device, 2 seeds, 6 epochs) is a short form; ``--full``, meant for 8 ranks, takes 1,
+2 and 4 samples, the deep network at 2 samples as well, 5 seeds and 8 epochs.
+
+The networks of all seeds are stacked into one, whose layers hold theirs side by side: batch norm treats each channel by
+itself, so this is training them one by one, with one message for all where each would send its own.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from digits import (
+    Digits,
+    Run,
+    average_gradients,
+    batches,
+    joined_ranks,
+    load_data,
+    mean_and_std,
+    parse,
+    picture,
+    progress,
+    spread,
+    warm_up_and_cosine,
+    write_csv,
+)
+from torch import Tensor, nn
+
+import syncbn
+from syncbn.diagnostics import THRESHOLD, NoiseReport, measure_noise
+
+NETWORKS = {"shallow": (128, 64), "deep": (128, 128, 128, 128, 64)}
+FULL = [("shallow", 1), ("shallow", 2), ("shallow", 4), ("deep", 2)]
+POINTS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One run: `test_accuracy` in percent, `train_loss` the mean over last epoch and ranks in nats.
+
+    `noise` is that of the noisiest layer for this group size, on the fully synchronized networks after training.
+    """
+
+    network: str
+    samples_per_device: int
+    ranks: int
+    group_size: int
+    seed: int
+    epochs: int
+    steps: int
+    noise: float
+    test_accuracy: float
+    train_loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """One line of the noise reports, with what was measured: `when` is "start" or "end" of training."""
+
+    network: str
+    samples_per_device: int
+    when: str
+    source: str
+    layer: str
+    group_size: int
+    noise: float
+    noise_error: float
+    mean_noise: float
+    std_noise: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the report recommended, and how far that group size ends below full synchronization, in points."""
+
+    network: str
+    samples_per_device: int
+    threshold: float
+    recommended: int
+    trained: int
+    points_below_full: float
+    within_one_point: bool
+
+
+class StackedLinear(nn.Module):
+    """S linear layers side by side: shape (N, S, inputs) to (N, S, outputs)."""
+
+    def __init__(self, layers: list[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach().T for layer in layers]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]).unsqueeze(1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply layer s to row s of each sample."""
+        return torch.baddbmm(self.bias, input.transpose(0, 1), self.weight).transpose(0, 1)
+
+
+def build(hidden: tuple[int, ...], seeds: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
+    """Return the networks of all seeds as one: shape (N, seeds, 64) to (N, seeds, 10)."""
+    widths = (64, *hidden, 10)
+    linears: list[list[nn.Linear]] = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        linears.append([nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
+    *inner, last = (StackedLinear(list(layers)) for layers in zip(*linears, strict=True))
+    blocks = [
+        nn.Sequential(linear, nn.Flatten(1), norm(seeds * width), nn.ReLU(), nn.Unflatten(1, (seeds, width)))
+        for linear, width in zip(inner, hidden, strict=True)
+    ]
+    return nn.Sequential(*blocks, last)
+
+
+def stacked_batches(data: Digits, total_batch: int, seeds: int, epoch: int) -> list[Tensor]:
+    """Return this rank's sample indices for one epoch, each of shape (samples, seeds)."""
+    orders = [batches(len(data.train_x), total_batch, seed, epoch) for seed in range(seeds)]
+    return [torch.stack(each, 1) for each in zip(*orders, strict=True)]
+
+
+def group_sizes(samples: int) -> list[int]:
+    """Return 1, 2, 4, ... up to all ranks, as far as a group has the two samples that a variance takes."""
+    world = dist.get_world_size()
+    return [k for k in range(1, world + 1) if world % k == 0 and k * samples >= 2]
+
+
+def measure(
+    model: nn.Module, data: Digits, total_batch: int, seeds: int, threshold: float, alone: bool = False
+) -> NoiseReport:
+    """Return the noise report over one epoch of batches; `alone`: of this rank by itself."""
+    own = dist.new_subgroups(1)[0] if alone else None
+    inputs = (data.train_x[mine] for mine in stacked_batches(data, total_batch, seeds, epoch=0))
+    sizes = [1, 2, 4, 8, 16, 32]
+    return measure_noise(model, inputs, sizes, threshold=threshold, process_group=own)
+
+
+def train(runs: list[Run], data: Digits, total_batch: int, args: argparse.Namespace, name: str) -> list[Tensor]:
+    """Train the stacked networks of each group size side by side; return their losses per seed in the last epoch."""
+    steps_per_epoch = len(data.train_x) // total_batch
+    losses = [torch.zeros(args.seeds, dtype=torch.float64) for _ in runs]
+    with progress(steps_per_epoch * args.epochs) as bar:
+        bar.set_description(name)
+        for epoch in range(args.epochs):
+            for i, mine in enumerate(stacked_batches(data, total_batch, args.seeds, epoch)):
+                rate = warm_up_and_cosine(epoch * steps_per_epoch + i, steps_per_epoch * args.epochs, runs[0].peak)
+                for run, last in zip(runs, losses, strict=True):
+                    logits = run.model(data.train_x[mine]).transpose(1, 2)
+                    loss = F.cross_entropy(logits, data.train_y[mine], reduction="none").mean(0)
+                    run.optimizer.zero_grad()
+                    loss.sum().backward()
+                    if epoch == args.epochs - 1:
+                        last += loss.detach() / steps_per_epoch
+                average_gradients(runs)
+                for run in runs:
+                    run.optimizer.param_groups[0]["lr"] = rate
+                    run.optimizer.step()
+                bar.update()
+    for last in losses:
+        dist.all_reduce(last)
+        last /= dist.get_world_size()
+    return losses
+
+
+def accuracies(model: nn.Module, data: Digits, seeds: int) -> list[float]:
+    """Return each seed's share of test images that it gets right with its running statistics, in percent."""
+    model.eval()
+    with torch.no_grad():
+        hits = model(data.test_x.unsqueeze(1).expand(-1, seeds, -1)).argmax(2) == data.test_y.unsqueeze(1)
+    return (100 * hits.double().mean(0)).tolist()
+
+
+def experiment(
+    network: str, samples: int, groups: dict[int, dist.ProcessGroup], data: Digits, args: argparse.Namespace
+) -> tuple[list[Result], list[Noise], Answer, NoiseReport]:
+    """Train with every group size at one number of samples per device, and measure the noise."""
+    world = dist.get_world_size()
+    total_batch = samples * world
+    runs = {}
+    for k in group_sizes(samples):
+        norm = functools.partial(syncbn.SyncBatchNorm, process_group=groups[k])
+        model = build(NETWORKS[network], args.seeds, norm)
+        runs[k] = Run(f"groups of {k}", 0, model, args.lr * total_batch / 32)
+    reports = {("start", "all ranks"): measure(runs[world].model, data, total_batch, args.seeds, args.threshold)}
+    if samples > 1:
+        reports["start", "one rank alone"] = measure(
+            runs[1].model, data, total_batch, args.seeds, args.threshold, alone=True
+        )
+    losses = train(list(runs.values()), data, total_batch, args, f"{network}, {samples} samples per device")
+    report = reports["end", "all ranks"] = measure(runs[world].model, data, total_batch, args.seeds, args.threshold)
+    noises = [
+        Noise(network, samples, *key, r.layer, r.group_size, r.noise, r.noise_error, r.mean_noise, r.std_noise)
+        for key, each in reports.items()
+        for r in each.rows
+    ]
+    results = [
+        Result(
+            network,
+            samples,
+            world,
+            k,
+            seed,
+            args.epochs,
+            len(data.train_x) // total_batch * args.epochs,
+            max(row.noise for row in report.rows if row.group_size == k),
+            accuracy,
+            loss,
+        )
+        for (k, run), last in zip(runs.items(), losses, strict=True)
+        for seed, (accuracy, loss) in enumerate(
+            zip(accuracies(run.model, data, args.seeds), last.tolist(), strict=True)
+        )
+    ]
+    asked = report.group_size
+    assert asked is not None
+    trained = min(max(asked, min(runs)), world)
+    below = average(results, world, "test_accuracy")[0] - average(results, trained, "test_accuracy")[0]
+    return results, noises, Answer(network, samples, args.threshold, asked, trained, below, below <= POINTS), report
+
+
+def average(results: list[Result], k: int, field: str) -> tuple[float, float]:
+    """Return mean and standard deviation over seeds of a column at one group size."""
+    return mean_and_std(getattr(r, field) for r in results if r.group_size == k)
+
+
+def print_results(results: list[Result], answer: Answer) -> None:
+    """Print the table of one network and number of samples, and the answer."""
+    print("\n| network | samples per device | group size | noise | test % | train loss |\n" + "|---" * 6 + "|")
+    for k in sorted({r.group_size for r in results}):
+        accuracy, loss = average(results, k, "test_accuracy"), average(results, k, "train_loss")
+        noise = next(r.noise for r in results if r.group_size == k)
+        print(
+            f"| {answer.network} | {answer.samples_per_device} | {k} | {noise:.2f} | {accuracy[0]:.1f} ± "
+            f"{accuracy[1]:.1f} | {loss[0]:.4f} ± {loss[1]:.4f} |"
+        )
+    verdict = "within" if answer.within_one_point else "NOT within"
+    print(
+        f"Recommended at threshold {answer.threshold:g}: {answer.recommended} (trained: {answer.trained}); "
+        f"{answer.points_below_full:.1f} points below full synchronization, {verdict} one point."
+    )
+
+
+def draw(results: list[Result], threshold: float, path: Path) -> None:
+    """Draw test accuracy and train loss against group size, and the accuracy lost against noise."""
+    cases = sorted({(r.network, r.samples_per_device) for r in results}, reverse=True)
+    first = results[0]
+    seeds = len({r.seed for r in results})
+    title = f"Handwritten digits, {first.ranks} ranks, {first.epochs} epochs: {spread(seeds)}"
+    with picture(path, title, panels=3) as axes:
+        for network, samples in cases:
+            own = [r for r in results if (r.network, r.samples_per_device) == (network, samples)]
+            sizes = sorted({r.group_size for r in own})
+            style = {
+                "marker": {1: "o", 2: "s", 4: "^"}.get(samples, "D"),
+                "color": "tab:blue" if network == "shallow" else "tab:orange",
+                "ls": {1: ":", 2: "-", 4: "--"}.get(samples, "-."),
+                "label": f"{network}, {samples} per device",
+            }
+            for axis, field in zip(axes, ("test_accuracy", "train_loss"), strict=False):
+                means, stds = zip(*(average(own, k, field) for k in sizes), strict=True)
+                axis.errorbar(sizes, means, stds, capsize=3, **style)
+            full = average(own, max(sizes), "test_accuracy")[0]
+            lost = [full - average(own, k, "test_accuracy")[0] for k in sizes]
+            noises = [next(r.noise for r in own if r.group_size == k) for k in sizes]
+            axes[2].plot(noises, lost, **style)
+        for axis, label in zip(axes, ("test accuracy (%)", "train loss, last epoch (nats)"), strict=False):
+            ticks = sorted({r.group_size for r in results})
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(ticks, [str(k) for k in ticks])
+            axis.set_xlabel("ranks that share statistics")
+            axis.set_ylabel(label)
+        axes[1].set_yscale("log")
+        axes[2].set_xscale("log")
+        axes[2].set_yscale("symlog", linthresh=POINTS)
+        axes[2].set_xlabel("noise of the noisiest layer")
+        axes[2].set_ylabel("test accuracy below full synchronization (points)")
+        axes[2].axhline(POINTS, color="gray", lw=1)
+        axes[2].axvline(threshold, color="tab:red", ls="--", lw=1, label=f"threshold {threshold:g}")
+        axes[2].legend(fontsize=8)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(prog="group_size.py", description="Statistics over groups of 1, 2, 4, ... ranks.")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["shallow"], help="networks (shallow)")
+    parser.add_argument("--samples", type=int, nargs="+", default=[2], help="samples per device (2)")
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds (2)")
+    parser.add_argument("--epochs", type=int, default=6, help="passes over the training set (6)")
+    parser.add_argument("--lr", type=float, default=0.1, help="peak rate at a total batch of 32 (0.1)")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help=f"of the noise report ({THRESHOLD})")
+    parser.add_argument(
+        "--full", action="store_true", help="1, 2 and 4 samples, the deep network at 2; 5 seeds, 8 epochs"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/group_size"), help="folder for CSV and PNG")
+    args = parse(parser)
+    args.cases = [(network, samples) for network in args.networks for samples in args.samples]
+    if args.full:
+        args.cases, args.seeds, args.epochs = FULL, 5, 8
+    return args
+
+
+def main() -> None:
+    """Run the sweep on the ranks that the launcher started; rank 0 reports."""
+    args = parse_arguments()
+    start = time.monotonic()
+    results: list[Result] = []
+    noises: list[Noise] = []
+    answers: list[Answer] = []
+    with joined_ranks():
+        data = load_data()
+        groups = {k: dist.new_subgroups(k)[0] for k in group_sizes(2)}
+        for network, samples in args.cases:
+            own, noise, answer, report = experiment(network, samples, groups, data, args)
+            results += own
+            noises += noise
+            answers.append(answer)
+            if dist.get_rank() == 0:
+                print_results(own, answer)
+                print(report)
+        if dist.get_rank() == 0:
+            write_csv(results, args.out / "runs.csv")
+            write_csv(noises, args.out / "noise.csv")
+            write_csv(answers, args.out / "answers.csv")
+            draw(results, args.threshold, args.out / "group_size.png")
+            report.plot(args.out / "noise.png")
+            held = sum(answer.within_one_point for answer in answers)
+            print(
+                f"\nThe recommended group size is within one point of full synchronization in {held} of {len(answers)}."
+            )
+            print(f"{len(results)} runs in {time.monotonic() - start:.0f} s; wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
