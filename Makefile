@@ -88,7 +88,7 @@ bench: $(STAMP) ## all benchmarks on 2 ranks, gloo and MPI, into benchmarks/resu
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/scaling.py
 
-experiments: $(STAMP) ## the full sweep behind the numbers in the README, into examples/results
+experiments: $(STAMP) ## all experiments in full, into examples/results (about an hour on 2 cores)
 	$(BIN)/python -m syncbn.launch -n 4 examples/small_batch.py --full --out examples/results/small_batch
 	$(BIN)/python -m syncbn.launch -n 4 examples/population.py --full --out examples/results/population
 	$(BIN)/python -m syncbn.launch -n 8 examples/group_size.py --full --out examples/results/group_size

@@ -95,6 +95,35 @@ def test_discrepancy_shrinks_with_the_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+def test_population_statistics_help_after_few_steps(tmp_path: Path) -> None:
+    launch(2, "population.py", "--steps", "5", "--seeds", "1", "--out", tmp_path)
+    with (tmp_path / "runs.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["population_accuracy"]) > float(row["running_accuracy"]) + 5, row
+    assert (tmp_path / "population.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.integration
+def test_group_size_answers(tmp_path: Path) -> None:
+    out = launch(2, "group_size.py", "--seeds", "1", "--epochs", "1", "--out", tmp_path)
+    with (tmp_path / "runs.csv").open() as file:
+        loss = {row["group_size"]: float(row["train_loss"]) for row in csv.DictReader(file)}
+    assert set(loss) == {"1", "2"} and loss["2"] < loss["1"]
+    with (tmp_path / "answers.csv").open() as file:
+        (answer,) = csv.DictReader(file)
+    assert int(answer["recommended"]) > 1 and out
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("group_size.png", "noise.png"))
+
+
+def test_every_result_is_shown_and_repeatable() -> None:
+    results = EXAMPLES / "results"
+    shown = set(re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (results / "README.md").read_text()))
+    assert shown == {str(path.relative_to(results)) for path in results.glob("*/*.png")}
+    made = set(re.findall(r"--out examples/results/(\w+)", (ROOT / "Makefile").read_text()))
+    assert made == {path.name for path in results.iterdir() if path.is_dir()}
+
+
+@pytest.mark.integration
 def test_batch_renorm_reaches_all_ranks(tmp_path: Path) -> None:
     options = ("--samples", "16", "--seeds", "1", "--epochs", "2")
     out = launch(2, "batch_renorm.py", *options, "--out", tmp_path)
