@@ -70,8 +70,10 @@ soak: $(STAMP) ## ten thousand steps: memory flat, statistics equal
 	$(BIN)/python -m pytest -m slow -k soak --timeout 3600 $(PYTEST_FLAGS)
 
 bench: $(STAMP) ## all benchmarks on 2 ranks, gloo and MPI, into benchmarks/results
+	$(PIP) install -q $(PIP_FLAGS) --no-deps --no-build-isolation fairscale==0.4.13 # to compare with
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/layer.py --backend mpi4py
+	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/layer.py --backend mpi4py --rivals
 	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/layer.py --backend mpi4py --shapes resnet50 --rounds 9
 	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/layer.py --backend mpi4py --shapes unet --rounds 9
 	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/layer.py --backend mpi4py --shapes mlp --rounds 9
@@ -85,6 +87,7 @@ bench: $(STAMP) ## all benchmarks on 2 ranks, gloo and MPI, into benchmarks/resu
 	$(BIN)/python benchmarks/accumulation.py
 	$(BIN)/python benchmarks/checks.py
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/observer.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/scaling.py
 

@@ -184,7 +184,7 @@ def main() -> None:
                         flush=True,
                     )
     if group is None or group.rank() == 0:
-        name = f"layer-{args.shapes}-{args.backend}-{args.threads}t"
+        name = f"layer-{'rivals' if args.rivals else args.shapes}-{args.backend}-{args.threads}t"
         path = timing.write_csv(f"{name}.csv", rows)
         plot(rows, str(path.with_suffix(".png")))
         print(f"{timing.machine()}\nwritten: {path} and {path.with_suffix('.png').name}")
