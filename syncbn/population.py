@@ -168,6 +168,8 @@ def _call(layers: Mapping[str, Any]) -> Call:
 @contextlib.contextmanager
 def _told_to_peers(link: Link | None, layers: Mapping[str, Any]) -> Iterator[None]:
     """An error within it is told to the other ranks, wherever they wait for this one, unless they know of it."""
+    if link is not None:
+        link.broke_off = False  # by an exchange before this call: what happens here nobody knows of yet
     try:
         yield
     except Exception as error:

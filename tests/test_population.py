@@ -553,6 +553,19 @@ def test_arguments() -> None:
 
 
 @pytest.mark.usefixtures("way")
+def test_an_error_is_told_after_a_failed_vote() -> None:
+    """That an exchange before was refused does not mean that the others know of this error."""
+
+    def body(rank: int, group: Any) -> None:
+        net = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), group)
+        assert not syncbn.steps.vote(rank == 0, process_group=group)
+        update_population_stats(net, [torch.randn(4, 3)], 0 if rank else None, process_group=group)
+
+    errors = outcomes(2, body, timeout=5.0)
+    assert [type(error) for error in errors] == [RankMismatchError, ValueError]
+
+
+@pytest.mark.usefixtures("way")
 def test_different_models() -> None:
     def body(rank: int, group: Any) -> None:
         net = nn.Sequential(nn.BatchNorm1d(3), *[nn.BatchNorm1d(3)] * rank)
