@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
@@ -66,10 +67,11 @@ def update_population_stats(
     well, with a warning.
 
     Meanwhile layers in training mode normalize with the statistics of each batch, synchronized ones over all ranks'
-    batches, and everything else runs in eval mode: no dropout, as at inference. No gradients are recorded, and compiled
-    models run in eager mode. Afterwards, also after an error, all is as before but the statistics: parameters, modes,
-    momentum, ``num_batches_tracked`` (it counts batches of training), and torch's random numbers on the CPU and on the
-    model's CUDA devices. After an error the statistics are as before, too.
+    batches, and everything else runs in eval mode: no dropout, as at inference. No gradients are recorded, compiled
+    models run in eager mode, and DistributedDataParallel broadcasts no buffers. Afterwards, also after an error, all is
+    as before but the statistics: parameters, modes, momentum, ``num_batches_tracked`` (it counts batches of training),
+    and torch's random numbers on the CPU and on the model's CUDA devices. After an error the statistics are as before,
+    too.
 
     Args:
         model: any module, also wrapped in DistributedDataParallel or compiled. The same on all ranks.
@@ -187,6 +189,8 @@ def _as_before(model: nn.Module, layers: Iterable[Any]) -> Iterator[None]:
     In eval mode other modules leave their state alone as well: spectral norms, codebooks, averages.
     """
     modes = [(module, module.training) for module in model.modules()]
+    wrappers = [module for module, _ in modes if isinstance(module, DistributedDataParallel)]
+    broadcasts = [wrapper.require_forward_param_sync for wrapper in wrappers]
     buffers = [
         buffer
         for layer in layers
@@ -200,8 +204,13 @@ def _as_before(model: nn.Module, layers: Iterable[Any]) -> Iterator[None]:
             for module, _ in modes:  # not by module.eval(): some classes do more in it, or less
                 if not isinstance(module, _BatchNorm):
                     module.training = False
+            for wrapper in wrappers:
+                # Its broadcast of buffers would overwrite frozen statistics, and nobody hears there that a rank failed.
+                wrapper.require_forward_param_sync = False
             yield
     finally:
+        for wrapper, broadcast in zip(wrappers, broadcasts, strict=True):
+            wrapper.require_forward_param_sync = broadcast
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():

@@ -8,14 +8,17 @@ import random
 import warnings
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import close, rows
+from processes import run_processes
 from ranks import outcomes, run_ranks
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from syncbn import RankMismatchError, comm, population, update_population_stats
@@ -593,6 +596,33 @@ def test_statistics_that_are_not_finite(bad: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.compile with fullgraph=True found no compiled frames")  # torch 2.12
+def wrapped(rank: int, size: int) -> list[Any]:
+    net = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)))
+    ddp = DistributedDataParallel(net)
+    net[1].eval().running_mean.fill_(rank)
+    mine = shares_of([(4, 3), (2,)], 3)[rank]
+    update_population_stats(ddp, mine)
+    result = [mean.clone() for mean in (net[0].running_mean, net[1].running_mean)]
+
+    def forward(model: Any, x: Tensor) -> None:
+        if rank == 1:
+            raise KeyError("cannot")
+        model(x)
+
+    with pytest.raises(KeyError if rank == 1 else RankMismatchError, match="cannot"):
+        update_population_stats(ddp, mine, forward=forward)
+    assert ddp.require_forward_param_sync
+    return [*result, net[0].running_mean]
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    """No broadcast of buffers meanwhile: frozen ones are as before, and no rank waits there for one that failed."""
+    mean, _ = moments(together(shares_of([(4, 3), (2,)], 3)))
+    for rank, (first, frozen, after) in enumerate(run_processes(2, wrapped, tmp_path)):
+        close(first, mean.float(), 1e-6, 0.0, "running_mean")
+        assert torch.equal(frozen, torch.full((3,), float(rank))) and torch.equal(after, first)
+
+
 def test_compiled_models() -> None:
     """Graphs compiled before and compiled submodules: seen all the same, and compiled still afterwards."""
     torch._dynamo.reset()
