@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(STAMP) ## run the tests that need no GPU (mpiexec included), in minutes
-	$(BIN)/python -m pytest -m "not slow and not gpu and not nccl" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not nccl" $(PYTEST_FLAGS)
 
 lint: $(STAMP) ## check style and formatting, and the shell scripts
 	$(BIN)/python -m ruff check .
