@@ -56,7 +56,8 @@ _POST_MORTEM = 0.5  # seconds that a rank waits, after a failure, to hear which 
 _checks = os.environ.get("SYNCBN_CHECKS", "on").lower()
 if _checks not in ("on", "off", "sync"):
     raise ValueError(f"SYNCBN_CHECKS must be on, off or sync, got {_checks!r}")
-_forced = False
+_forced = 0  # how many are within forced(): ranks may be threads of one process
+_forced_lock = threading.Lock()
 _graveyard: list[Any] = []  # buffers that a lost peer may still write to: never freed
 
 
@@ -67,11 +68,13 @@ def forced() -> Iterator[None]:
     For tests and benchmarks of that path on one rank; process-wide.
     """
     global _forced
-    before, _forced = _forced, True
+    with _forced_lock:
+        _forced += 1
     try:
         yield
     finally:
-        _forced = before
+        with _forced_lock:
+            _forced -= 1
 
 
 class Link:
@@ -534,17 +537,17 @@ def link(group: Any, device: torch.device) -> Link | None:
             known = links[device.type] = known or OneHop(group, device)
         else:
             known = links[device.type] = AllReduce(group, device)
-    return known if known.size > 1 or _forced else None
+    return known if known.size > 1 or _forced > 0 else None
 
 
 def must_synchronize(link: Link | None) -> bool:
     """Whether a layer takes the synchronized path: there are peers, or a test asks for it (``forced``)."""
-    return link is not None or _forced
+    return link is not None or _forced > 0
 
 
 def must_synchronize_compiled(group: Any) -> bool:
     """``must_synchronize`` for a compiler, which cannot see links."""
-    return _forced or (group is not None and group.size() > 1)
+    return _forced > 0 or (group is not None and group.size() > 1)
 
 
 def _backend(group: Any, device: torch.device) -> Any:

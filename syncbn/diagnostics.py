@@ -51,7 +51,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import comm, kernels
+from syncbn import comm, kernels, uneven
 from syncbn.comm import Link
 from syncbn.convert import layer_name
 from syncbn.groups import GroupHandle, resolve_group
@@ -694,7 +694,8 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
             if buffer is not None:
                 kept.append((module, key, buffer, buffer.detach().clone()))
     devices = {t.device for t in itertools.chain(model.parameters(), model.buffers()) if t.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(device.index for device in devices)):
+    generators = torch.random.fork_rng(sorted(device.index for device in devices))
+    with generators, uneven.without_broadcasts(model):
         try:
             yield
         finally:

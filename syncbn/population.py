@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
@@ -189,8 +188,6 @@ def _as_before(model: nn.Module, layers: Iterable[Any]) -> Iterator[None]:
     In eval mode other modules leave their state alone as well: spectral norms, codebooks, averages.
     """
     modes = [(module, module.training) for module in model.modules()]
-    wrappers = [module for module, _ in modes if isinstance(module, DistributedDataParallel)]
-    broadcasts = [wrapper.require_forward_param_sync for wrapper in wrappers]
     buffers = [
         buffer
         for layer in layers
@@ -200,17 +197,13 @@ def _as_before(model: nn.Module, layers: Iterable[Any]) -> Iterator[None]:
     values = [buffer.clone() for buffer in buffers]
     devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
     try:
-        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+        generators = torch.random.fork_rng([device for device in devices if device.type == "cuda"])
+        with generators, uneven.without_broadcasts(model):
             for module, _ in modes:  # not by module.eval(): some classes do more in it, or less
                 if not isinstance(module, _BatchNorm):
                     module.training = False
-            for wrapper in wrappers:
-                # Its broadcast of buffers would overwrite frozen statistics, and nobody hears there that a rank failed.
-                wrapper.require_forward_param_sync = False
             yield
     finally:
-        for wrapper, broadcast in zip(wrappers, broadcasts, strict=True):
-            wrapper.require_forward_param_sync = broadcast
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():

@@ -23,13 +23,15 @@ layers' exchanges: the ranks that go on lose their peer there.
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from syncbn import comm, groups
@@ -268,3 +270,21 @@ def _product(sizes: Iterable[int]) -> int:
     for size in sizes:
         product *= size or 1
     return product
+
+
+@contextlib.contextmanager
+def without_broadcasts(model: nn.Module) -> Iterator[None]:
+    """Within it, DistributedDataParallel broadcasts no buffers in its forwards.
+
+    For whoever measures a model: the broadcast would overwrite statistics that differ between ranks, and a rank that
+    fails before it leaves the others waiting in it, where nobody hears of the failure.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    before = [wrapper.require_forward_param_sync for wrapper in wrappers]
+    try:
+        for wrapper in wrappers:
+            wrapper.require_forward_param_sync = False
+        yield
+    finally:
+        for wrapper, value in zip(wrappers, before, strict=True):
+            wrapper.require_forward_param_sync = value

@@ -181,7 +181,7 @@ def test_the_deadline_is_kept(alone: Path, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_it_and_its_ranks(
-    alone: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+    alone: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, number: signal.Signals, code: int
 ) -> None:
     wait = _doctor.Doctor._run
 
@@ -191,6 +191,8 @@ def test_a_signal_ends_it_and_its_ranks(
         wait(doctor, processes, folder)
 
     monkeypatch.setattr(_doctor.Doctor, "_run", wait_and_be_ended)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # (ignored in a shell's background)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     if number == signal.SIGTERM:
         with pytest.raises(SystemExit) as ended:
             main(["doctor", "--no-mpi"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -91,7 +92,9 @@ def test_device_meshes() -> None:
             groups.resolve_group((mesh, dim))
 
 
-@pytest.mark.parametrize("wrong", ["world", 3, [0, 1], (1, 2), object(), torch.device("cpu"), True], ids=str)
+@pytest.mark.parametrize(
+    "wrong", ["world", 3, [0, 1], (1, 2), object(), torch.device("cpu"), True], ids=lambda wrong: type(wrong).__name__
+)
 def test_things_that_are_no_group(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"process_group must be None.*got") as caught:
         groups.resolve_group(wrong)
@@ -349,6 +352,15 @@ def test_forced_is_undone() -> None:
     with comm.forced():
         with comm.forced():
             pass
+        assert comm.must_synchronize(None)
+    assert not comm.must_synchronize(None)
+
+
+def test_forced_is_undone_by_threads_in_any_order() -> None:
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(comm.forced())
+        second.enter_context(comm.forced())
+        first.close()
         assert comm.must_synchronize(None)
     assert not comm.must_synchronize(None)
 

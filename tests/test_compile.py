@@ -142,8 +142,10 @@ def test_options_compile(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_without_peers_it_is_plain_batch_norm(momentum: float | None, backend: str) -> None:
-    comm._forced = False  # (the fixture sets it back)
+def test_without_peers_it_is_plain_batch_norm(
+    momentum: float | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comm, "_forced", 0)
     layer, plain = syncbn.SyncBatchNorm(4, momentum=momentum), nn.BatchNorm1d(4, momentum=momentum)
     run = compiled(layer, backend)
     x, g = torch.randn(5, 4), torch.randn(5, 4)

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from syncbn import RankMismatchError, comm, population, update_population_stats
+from syncbn.diagnostics import measure_noise
 
 # Batch sizes per rank.
 SHARES = {
@@ -611,6 +612,8 @@ def wrapped(rank: int, size: int) -> list[Any]:
 
     with pytest.raises(KeyError if rank == 1 else RankMismatchError, match="cannot"):
         update_population_stats(ddp, mine, forward=forward)
+    with pytest.raises(KeyError if rank == 1 else RankMismatchError, match="cannot"):
+        measure_noise(ddp, mine, forward=forward)
     assert ddp.require_forward_param_sync
     return [*result, net[0].running_mean]
 
