@@ -209,6 +209,11 @@ def mean_and_std(values: Iterable[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def over_seeds(results: Iterable[Any], norm: str, samples: int, field: str) -> tuple[float, float]:
+    """Return mean and standard deviation over seeds of one column, of those with this norm and samples per device."""
+    return mean_and_std(getattr(r, field) for r in results if (r.norm, r.samples_per_device) == (norm, samples))
+
+
 def spread(seeds: int) -> str:
     """Say what error bars show, for a title."""
     return f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"

@@ -287,6 +287,10 @@ def draw(results: list[Result], threshold: float, path: Path) -> None:
             axis.set_ylabel(label)
         axes[1].set_yscale("log")
         axes[2].set_xscale("log")
+        low, high = axes[2].get_xlim()
+        noises = [noise for noise in (0.1, 0.2, 0.3, 0.5, 1, 2, 5) if low < noise < high]
+        axes[2].set_xticks(noises, [f"{noise:g}" for noise in noises])
+        axes[2].set_xticks([], minor=True)
         axes[2].set_yscale("symlog", linthresh=POINTS)
         axes[2].set_xlabel("noise of the noisiest layer")
         axes[2].set_ylabel("test accuracy below full synchronization (points)")

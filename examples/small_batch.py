@@ -29,7 +29,7 @@ from digits import (
     build_mlp,
     joined_ranks,
     load_data,
-    mean_and_std,
+    over_seeds,
     parse,
     picture,
     progress,
@@ -86,11 +86,6 @@ def sweep(args: argparse.Namespace, data: Digits) -> list[Result]:
                 for run in runs
             ]
     return results
-
-
-def over_seeds(results: list[Result], norm: str, samples: int, field: str) -> tuple[float, float]:
-    """Return the mean and the standard deviation over seeds of one column."""
-    return mean_and_std(getattr(r, field) for r in results if (r.norm, r.samples_per_device) == (norm, samples))
 
 
 def format_table(results: list[Result], samples: list[int]) -> str:

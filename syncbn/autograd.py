@@ -344,10 +344,12 @@ def centred(x: Tensor, mean: Tensor) -> Tensor:
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """Values of shape ``(C,)`` in x's compute dtype, shaped to broadcast against x."""
     return values.to(compute_dtype(x)).view(1, -1, *[1] * (x.dim() - 2))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 input, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -356,6 +358,7 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 
 
 def refuse_vmap() -> NoReturn:
+    """Raise NotImplementedError: one call of a vmapped function would be many exchanges, or one of the wrong batch."""
     raise NotImplementedError(
         "synchronized batch statistics do not work under torch.vmap: they are shared over ranks once a call. "
         "Put vmap's dimension into the batch, use eval mode, or syncbn.revert_sync_batchnorm(model)."
