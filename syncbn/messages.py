@@ -1,0 +1,60 @@
+"""The two forms of a message that kernels see: one to fill in, and one that all ranks have filled in.
+
+A link hands out a ``Message``, a kernel writes this rank's numbers into it, the link shares it and returns ``Shared``.
+So a kernel knows nothing of process groups, and a link nothing of batch norm.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from syncbn.moments import Moments, merge, unpack, unpack_raw
+
+
+class Message(NamedTuple):
+    """Room for the numbers of this rank.
+
+    Attributes:
+        whole: float64 vector: head, payload and padding. Where the kernel writes the head (see ``number``), all of it
+            is to be written.
+        payload: float64 vector of shape ``(width,)``, a view of ``whole``: what the kernel writes.
+        raw: whether moments are written as ``(n, sum x, sum x^2)``, which add up over ranks, and not as
+            ``(n, mean, m2)``, which merge.
+        tag: of the call, below 2^26; see ``number``.
+        number: this rank's, counted from one, where the kernel writes the slots in front of the payload as well (and
+            zeros behind it), because the message lives on a device; 0 where the link does that.
+    """
+
+    whole: Tensor
+    payload: Tensor
+    raw: bool
+    tag: int = 0
+    number: int = 0
+
+
+class Shared(NamedTuple):
+    """The numbers of all ranks.
+
+    Attributes:
+        parts: float64, shape ``(W, width)`` with the payload of each rank in rank order, or ``(1, width)`` with their
+            sum. Rows are contiguous, their distance is any. Valid until the next exchange of the link.
+        raw: as in ``Message``.
+    """
+
+    parts: Tensor
+    raw: bool
+
+    def sum(self) -> Tensor:
+        """The sum over ranks, shape ``(width,)``: added in rank order, a new tensor, equal in bits on all ranks."""
+        total = self.parts[0].clone()
+        for part in self.parts[1:]:
+            total += part
+        return total
+
+    def moments(self) -> Moments:
+        """The moments of the global batch: new tensors, equal in bits on all ranks."""
+        if self.raw:
+            return unpack_raw(self.parts[0] if len(self.parts) == 1 else self.sum())
+        return merge([unpack(part) for part in self.parts.unbind()])
