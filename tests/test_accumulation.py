@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import close
-from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
+from helpers.oracle import close
+from helpers.ranks import run_ranks
 from syncbn import SyncBatchNorm, comm
 from syncbn.accumulation import step_statistics
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import syncbn
+from helpers.ranks import run_ranks
 from syncbn import comm, recompute
 
 aten = torch.ops.aten

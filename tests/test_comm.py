@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import close, step, whole_batch
-from ranks import outcomes, run_ranks
 from torch import Tensor
 
 import syncbn
+from helpers.oracle import close, step, whole_batch
+from helpers.ranks import outcomes, run_ranks
 from syncbn import RankMismatchError, SyncBatchNorm, comm, groups, header
 from syncbn.header import Call
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from oracle import close, whole_batch
-from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from helpers.oracle import close, whole_batch
+from helpers.ranks import run_ranks
 from syncbn import RankMismatchError, SyncBatchNorm, comm, convert_sync_batchnorm, groups, revert_sync_batchnorm
 
 C = 3

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
+from helpers.ranks import run_ranks
 from syncbn import comm
 
 IMAGE = (8, 64, 56, 56)  # 6.4 MB in float32: several slices of the cache

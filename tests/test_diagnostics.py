@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import outcomes, run_ranks
 from torch import Tensor, nn
 
 import syncbn
+from helpers.ranks import outcomes, run_ranks
 from syncbn import comm, diagnostics
 from syncbn.diagnostics import NoiseObserver, NoiseReport, NoiseRow, measure_noise
 

@@ -16,11 +16,10 @@ import torch
 
 pytest.importorskip("markdown_it", reason="markdown-it-py is not installed (dependency group: docs)")
 
-import pages
-from pages import ROOT
-from processes import run_processes
-
 import syncbn
+from helpers import pages
+from helpers.pages import ROOT
+from helpers.processes import run_processes
 
 DOCS = ROOT / "docs"
 PAGES = {
@@ -56,7 +55,7 @@ def test_python_runs_under_mpi() -> None:
     if test_mpi.MPIEXEC is None:
         pytest.skip("no mpiexec in PATH or beside this Python: syncbn[mpi]")
     pytest.importorskip("mpi4py", reason="mpi4py is not installed: syncbn[mpi]")
-    done = test_mpi.mpiexec(2, "../docs_worker.py", str(ROOT / UNDER_MPI))
+    done = test_mpi.mpiexec(2, "../docs_page.py", str(ROOT / UNDER_MPI))
     assert done.returncode == 0, done.stdout
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import TOLERANCE, assert_matches, close, rows, step, whole_batch
-from ranks import run_ranks
 from torch import Tensor, nn
 
 import syncbn
+from helpers.oracle import TOLERANCE, assert_matches, close, rows, step, whole_batch
+from helpers.ranks import run_ranks
 from syncbn import comm, functional
 
 CHANNELS = 4

@@ -12,17 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import fault_worker
 import pytest
-import spawned
 import torch
 import torch.distributed as dist
-from fault_worker import Fault, batch, process_main, train
-from oracle import close
-from ranks import outcomes, run_ranks
 from torch import nn
 
 import syncbn
+from helpers import spawned
+from helpers.oracle import close
+from helpers.ranks import outcomes, run_ranks
+from programs import faults
+from programs.faults import Fault, batch, process_main, train
 from syncbn import comm, header
 
 TIMEOUT = 1.0
@@ -159,8 +159,8 @@ def test_no_fault(way: str, world: int, kind: str) -> None:
                 assert torch.equal(value, reports[0]["state"][name]), name
     # (Without an optimizer the steps see equal weights.)
     torch.manual_seed(0)
-    net = fault_worker.Net().double()
-    for step in range(fault_worker.STEPS):
+    net = faults.Net().double()
+    for step in range(faults.STEPS):
         parts = [batch(rank, step, fault).double() for rank in range(world)]
         whole = net(torch.cat(parts)).split([len(part) for part in parts])
         bound = 0.1 if kind == "dtype" and step == fault.step else 2e-5
@@ -198,9 +198,9 @@ def test_gradscaler_overflow_leaves_finite_statistics(way: str) -> None:
     """A loss scaler skips the step that overflowed and goes on with half the scale; statistics stay finite."""
 
     def body(rank: int, group: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
-        with fault_worker.BUILDING:
+        with faults.BUILDING:
             torch.manual_seed(0)
-            net = fault_worker.Net()
+            net = faults.Net()
         syncbn.convert_sync_batchnorm(net, group)
         optimizer = torch.optim.SGD(net.parameters(), 0.01)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)

@@ -18,11 +18,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import TOLERANCE, close, rows, unrows
-from ranks import outcomes
 from torch import Tensor, nn
 
 import syncbn
+from helpers.oracle import TOLERANCE, close, rows, unrows
+from helpers.ranks import outcomes
 from syncbn import comm, header
 from syncbn.header import BACKWARD, BIAS_GRAD, FORWARD, INPUT_GRAD, WEIGHT_GRAD
 

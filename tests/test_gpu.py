@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import assert_matches, step, whole_batch
-from ranks import run_ranks
 from torch import Tensor, nn
 
 import syncbn
+from helpers.oracle import assert_matches, step, whole_batch
+from helpers.ranks import run_ranks
 from syncbn import comm, kernels
 
 HERE = Path(__file__).parent
@@ -95,10 +95,10 @@ def test_several_ranks_on_one_device(sizes: tuple[int, ...], dtype: torch.dtype,
 @needs_cuda
 @pytest.mark.parametrize("what", ["kernels", "layer"])
 def test_the_kernels(what: str) -> None:
-    """All tests of tests/device, as the interpreter runs them on a CPU."""
+    """All tests of programs/device, as the interpreter runs them on a CPU."""
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"device/{what}.py"], cwd=HERE,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"programs/device/{what}.py"], cwd=HERE,
         env=variables | {"SYNCBN_TEST_DEVICE": "cuda"}, capture_output=True, text=True, timeout=1100,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import assert_matches, step, whole_batch
-from processes import run_processes
 
+from helpers.oracle import assert_matches, step, whole_batch
+from helpers.processes import run_processes
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
 
 ROOT = Path(__file__).parents[1]

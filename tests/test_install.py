@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from test_packaging import PROJECT, name_of
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +113,14 @@ def test_wheel_and_sdist_hold_what_they_should(built: tuple[Path, Path]) -> None
     assert data == {f"share/syncbn/launch/{name}" for name in RECIPES}
     with tarfile.open(sdist) as archive:
         files = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {"examples/train.py", "constraints.txt", "Makefile", "LICENSE", "tests/ranks.py", "docs/mpi.md"} <= files
+    assert {
+        "examples/train.py",
+        "constraints.txt",
+        "Makefile",
+        "LICENSE",
+        "tests/helpers/ranks.py",
+        "docs/mpi.md",
+    } <= files
     assert {f"launch/{name}" for name in RECIPES} <= files
     assert not [name for name in files if re.search(r"_build|__pycache__|\.venv|out/", name)]
 

@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from integration_ranks import STEPS, data, network, part, run, sgd, state, train
-from oracle import close
-from processes import run_processes
-from ranks import run_ranks
-from test_packaging import CONSTRAINTS
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import syncbn
+from helpers.oracle import close
+from helpers.processes import run_processes
+from helpers.ranks import run_ranks
+from programs.integrations import STEPS, data, network, part, run, sgd, state, train
+from test_packaging import CONSTRAINTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "integrations.md").read_text()
@@ -165,7 +165,7 @@ def python(*arguments: str | Path, deadline: float = 110.0) -> str:
 @pytest.mark.skipif(not installed("lightning"), reason="lightning is not installed (extra: lightning)")
 def test_lightning(tmp_path: Path) -> None:
     torch.save(RECIPES, tmp_path / "recipes.pt")
-    python(ROOT / "tests" / "lightning_script.py", tmp_path)
+    python(ROOT / "tests" / "programs" / "lightning_script.py", tmp_path)
     for rank in range(2):
         results = torch.load(tmp_path / f"rank-{rank}.pt")
         same(results["fit"], whole())

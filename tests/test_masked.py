@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import Outcome, assert_matches, close, rows, unrows, whole_batch
-from ranks import outcomes, run_ranks, split
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
+from helpers.oracle import Outcome, assert_matches, close, rows, unrows, whole_batch
+from helpers.ranks import outcomes, run_ranks, split
 from syncbn import RankMismatchError, SyncBatchNorm, comm, functional, header, masked
 
 C = 3

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import TOLERANCE, close
-from ranks import run_ranks
 from torch import nn
 
+from helpers.oracle import TOLERANCE, close
+from helpers.ranks import run_ranks
 from syncbn import SyncBatchNorm
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

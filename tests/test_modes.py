@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import close
-from processes import run_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from helpers.oracle import close
+from helpers.processes import run_processes
 
 SIZE = 2
 MICRO = 3  # samples of a rank in each micro-batch

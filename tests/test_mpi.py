@@ -1,4 +1,4 @@
-"""The mpi4py backend: programs of ``tests/mpi`` under mpiexec, and imports that must fail well."""
+"""The mpi4py backend: programs of ``programs/mpi`` under mpiexec, and imports that must fail well."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-PROGRAMS = Path(__file__).parent / "mpi"
+TESTS = Path(__file__).parent
+PROGRAMS = TESTS / "programs" / "mpi"
 MPIEXEC = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
 
 pytestmark = [
@@ -25,7 +26,7 @@ pytestmark = [
 
 def run(command: list[str], deadline: float = 60.0, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command that a missed deadline ends: mpiexec, told to terminate, takes its ranks with it."""
-    path = os.pathsep.join(filter(None, [str(PROGRAMS.parent.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
     process = subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from fault_worker import Fault
-from plain import make_plain
-from ranks import run_ranks
-from test_faults import Rank, run_processes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from helpers.plain import make_plain
+from helpers.ranks import run_ranks
+from programs.faults import Fault
+from test_faults import Rank, run_processes
 
 pytestmark = pytest.mark.integration
 ABORT = -6

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import close, rows
-from processes import run_processes
-from ranks import outcomes, run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from helpers.oracle import close, rows
+from helpers.processes import run_processes
+from helpers.ranks import outcomes, run_ranks
 from syncbn import RankMismatchError, comm, population, update_population_stats
 from syncbn.diagnostics import measure_noise
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from oracle import close, rows, whole_batch
-from ranks import run_ranks
 from torch import Tensor
 
+from helpers.oracle import close, rows, whole_batch
+from helpers.ranks import run_ranks
 from syncbn import SyncBatchNorm, comm, functional
 
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded", "flipped"]

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import close, rows, step, unrows, whole_batch
-from ranks import outcomes, run_ranks
 from torch import Tensor, nn
 
 import syncbn
+from helpers.oracle import close, rows, step, unrows, whole_batch
+from helpers.ranks import outcomes, run_ranks
 from syncbn import RankMismatchError, SyncBatchNorm, comm, functional, header, kernels
 
 C = 3

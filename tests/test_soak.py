@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import spawned
 import torch
 import torch.distributed as dist
-from fault_worker import make_group
 from torch import Tensor, nn
 
 import syncbn
+from helpers import spawned
+from helpers.ranks import make_group
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

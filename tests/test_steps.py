@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import spawned
 import torch
 import torch.distributed as dist
-from ranks import outcomes, run_ranks
-from test_faults import Arrival, Late
 from torch import Tensor
 
 import syncbn
+from helpers import spawned
+from helpers.ranks import outcomes, run_ranks
 from syncbn import comm
 from syncbn.steps import vote
+from test_faults import Arrival, Late
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "step_vote.py"
 

@@ -41,8 +41,8 @@ def version(module: Any) -> tuple[int, ...]:
 )
 @pytest.mark.parametrize("what", ["kernels", "layer"])
 def test_in_the_interpreter(what: str) -> None:
-    """All tests of tests/device: each function against the reference, and the layer against the oracle."""
-    said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/device/{what}.py", interpret=True)
+    """All tests of programs/device: each function against the reference, and the layer against the oracle."""
+    said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/programs/device/{what}.py", interpret=True)
     assert " passed" in said and "skipped" not in said
 
 

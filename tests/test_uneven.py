@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import spawned
 import torch
-from oracle import close
-from ranks import outcomes, run_ranks
 from torch import Tensor
-from uneven_worker import train_join, train_joined, whole_batches
 
 import syncbn
+from helpers import spawned
+from helpers.oracle import close
+from helpers.ranks import outcomes, run_ranks
+from programs.uneven import train_join, train_joined, whole_batches
 from syncbn import comm, uneven
 
 LOADERS = {

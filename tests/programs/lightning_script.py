@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from integration_ranks import MICRO, STEPS, data, network, part, sgd, state, train
 from lightning import Fabric, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 import syncbn
+from programs.integrations import MICRO, STEPS, data, network, part, sgd, state, train
 from syncbn.lightning import SyncBatchNormPlugin
 
 QUIET: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}

@@ -18,7 +18,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHELL = ("sh", "console", "")
 _HIDDEN = re.compile(r"<!-- python\n(.*?)\n-->", re.DOTALL)
 

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import TOLERANCE, assert_matches, close, step, whole_batch
-from ranks import run_ranks
-from test_no_sync import WAITING
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
+from helpers.oracle import TOLERANCE, assert_matches, close, step, whole_batch
+from helpers.ranks import run_ranks
 from syncbn import comm, kernels
 from syncbn.kernels import triton
 from syncbn.moments import Running
+from test_no_sync import WAITING
 
 # numpy, in which the interpreter computes, warns of what is not finite, and of what older interpreters do with it.
 pytestmark = pytest.mark.filterwarnings(

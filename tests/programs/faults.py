@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from ranks import make_group
 from torch import Tensor, nn
 
 import syncbn
+from helpers.ranks import make_group
 from syncbn import comm
 
 LAYERS = ("bn1", "bn2", "bn3")

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 def context() -> Any:
     """The multiprocessing context of such processes."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["torch.nn.parallel", "syncbn", "fault_worker"])
+    found.set_forkserver_preload(["torch.nn.parallel", "syncbn", "programs.faults"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))  # for the server to import from
         forkserver.ensure_running()

@@ -1,0 +1,1 @@
+"""What the tests share: oracles, ranks as threads and as processes, pages."""
