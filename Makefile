@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests and recipes find mpiexec, torchrun and syncbn-launch of this environment first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv test lint types docs demo fuzz soak bench experiments clean
+.PHONY: help venv test sanitize lint types docs demo fuzz soak bench experiments clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -27,7 +27,7 @@ venv: $(STAMP) ## make .venv and install everything, pinned
 
 # An environment that works is kept. A candidate for a new one counts only if it runs, is new enough and can make
 # environments (Debian ships venv separately).
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard setup.py syncbn/kernels/native/*.[ch])
 	@found=; if $(BIN)/python -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; then exit 0; fi; \
 	python="$(PYTHON)"; \
 	for candidate in $${python:-python3.11 python3 python3.12 python3.13 python3.14}; do \
@@ -48,6 +48,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: $(STAMP) ## run the tests that need no GPU (mpiexec included), in minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not nccl" $(PYTEST_FLAGS)
+
+# A second copy of the package, whose compiled part stops at a read or write outside of memory or at undefined behaviour.
+sanitize: $(STAMP) ## run the tests of the compiled loops under AddressSanitizer and UBSan
+	rm -rf $(OUT)/sanitized build
+	CFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" LDFLAGS="-fsanitize=address,undefined" \
+	    $(PIP) install -q $(PIP_FLAGS) --no-deps --no-build-isolation --target $(OUT)/sanitized .
+	PYTHONPATH=$(OUT)/sanitized LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -P -m pytest -m "not slow" tests/test_native.py $(PYTEST_FLAGS)
 
 lint: $(STAMP) ## check style and formatting, and the shell scripts
 	$(BIN)/python -m ruff check .

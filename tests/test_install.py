@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
-import subprocess
+import shutil
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,13 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import commands
+from helpers.commands import ROOT, Done, must
 from test_packaging import PROJECT, name_of
 
-ROOT = Path(__file__).parents[1]
+COMPILER = os.environ.get("CC", sysconfig.get_config_var("CC")).split()[0]
 RECIPES = {path.name for path in (ROOT / "launch").iterdir()}
 
 pytestmark = pytest.mark.integration
-pytest.importorskip("hatchling", reason="hatchling is not installed (dependency group: build)")
+pytest.importorskip("build", reason="build is not installed (dependency group: build)")
 
 TRAIN = """
 import torch, torch.distributed as dist
@@ -51,37 +54,23 @@ syncbn.SyncBatchNorm("3")
 """
 
 
-def run(
-    *command: str | Path, cwd: Path, deadline: float = 100.0, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, cwd: Path, deadline: float = 300.0, **variables: str) -> Done:
     """A command without this checkout on its path."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=kept | environment,
-        capture_output=True,
-        text=True,
-        timeout=deadline,
-    )
-
-
-def must(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return commands.run(*command, cwd=cwd, deadline=deadline, env=kept | variables)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The source distribution, and the wheel that is built from it alone."""
     folder = tmp_path_factory.mktemp("dist")
-    hatch = [sys.executable, "-m", "hatchling", "build", "-d", folder, "-t"]
-    must(run(*hatch, "sdist", cwd=ROOT))
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder]
+    must(run(*build, "--sdist", cwd=ROOT))
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "source", filter="data")
     (source,) = (folder / "source").iterdir()
-    must(run(*hatch, "wheel", cwd=source))
+    must(run(*build, "--wheel", cwd=source, deadline=600.0))
     (wheel,) = folder.glob("*.whl")
     return sdist, wheel
 
@@ -107,8 +96,12 @@ def test_wheel_and_sdist_hold_what_they_should(built: tuple[Path, Path]) -> None
     names = set(zipfile.ZipFile(wheel).namelist())
     stem = f"syncbn-{PROJECT['project']['version']}"
     assert {name.split("/")[0] for name in names} == {"syncbn", f"{stem}.dist-info", f"{stem}.data"}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "syncbn").rglob("*.py")}
-    assert {name for name in names if name.startswith("syncbn/")} == sources | {"syncbn/py.typed"}
+    sources = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "syncbn").rglob("*.py*") if path.suffix in (".py", ".pyi")
+    }
+    extension = {"syncbn/kernels/native/_native.abi3.so"} if shutil.which(COMPILER) else set()
+    assert {name for name in names if name.startswith("syncbn/")} == sources | extension | {"syncbn/py.typed"}
+    assert "-cp311-abi3-" in wheel.name
     data = {name.removeprefix(f"{stem}.data/data/") for name in names if ".data/" in name}
     assert data == {f"share/syncbn/launch/{name}" for name in RECIPES}
     with tarfile.open(sdist) as archive:
@@ -122,7 +115,8 @@ def test_wheel_and_sdist_hold_what_they_should(built: tuple[Path, Path]) -> None
         "docs/mpi.md",
     } <= files
     assert {f"launch/{name}" for name in RECIPES} <= files
-    assert not [name for name in files if re.search(r"_build|__pycache__|\.venv|out/", name)]
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "syncbn").rglob("*.[ch]")} <= files
+    assert not [name for name in files if re.search(r"_build|__pycache__|\.venv|out/|\.so$", name)]
 
 
 def test_extras_resolve(built: tuple[Path, Path], environment: Path) -> None:
@@ -177,3 +171,21 @@ def test_a_type_checker_sees_the_annotations(environment: Path, tmp_path: Path, 
     assert re.findall(r"error: .*", done.stdout) == [
         'error: Argument 1 to "SyncBatchNorm" has incompatible type "str"; expected "int"  [arg-type]'
     ]
+
+
+def test_without_a_compiler_the_package_installs_and_says_so(built: tuple[Path, Path], tmp_path: Path) -> None:
+    with tarfile.open(built[0]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
+    must(run(*pip, "--target", tmp_path / "packages", source, cwd=tmp_path, CC="no-such-compiler"))
+    ask = "from syncbn.kernels import native; print(native.__file__, native.available(), native.reason())"
+    said = must(run(sys.executable, "-c", ask, cwd=tmp_path / "packages"))
+    assert str(tmp_path) in said and "False the compiled extension is missing" in said
+
+
+def test_the_extension_works_where_the_wheel_is_installed(environment: Path, tmp_path: Path) -> None:
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"there is no compiler {COMPILER}")
+    ask = "from syncbn.kernels import native; print(native.available(), native.reason())"
+    assert must(run(environment / "bin" / "python", "-c", ask, cwd=tmp_path)) == "True \n"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from helpers.commands import ROOT, must, run
+
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 CONSTRAINTS = {name: version for name, _, version in (pin.partition("==") for pin in PINS)}
@@ -68,11 +68,23 @@ def test_the_package_is_typed_and_launch_is_no_package() -> None:
 
 
 def test_make_names_its_targets() -> None:
-    text = subprocess.run(
-        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    text = must(run("make", "--no-print-directory", "help"))
     targets = {line.split()[1] for line in text.splitlines()}
-    wanted = {"venv", "test", "lint", "types", "docs", "demo", "fuzz", "soak", "bench", "experiments", "clean", "help"}
+    wanted = {
+        "venv",
+        "test",
+        "sanitize",
+        "lint",
+        "types",
+        "docs",
+        "demo",
+        "fuzz",
+        "soak",
+        "bench",
+        "experiments",
+        "clean",
+        "help",
+    }
     assert targets == wanted
 
 
@@ -80,9 +92,7 @@ def test_make_says_what_is_missing(tmp_path: Path) -> None:
     """Without a usable Python, one line says what to do; nothing is made."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    result = subprocess.run(
-        ["make", "venv", "PYTHON=no-such-python"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    result = run("make", "venv", "PYTHON=no-such-python", cwd=tmp_path)
     assert result.returncode == 2
     assert "no Python 3.11 or later" in result.stderr and "no-such-python" in result.stderr
     assert not (tmp_path / ".venv").exists()

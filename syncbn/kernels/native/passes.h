@@ -1,0 +1,4 @@
+#include "element.h"
+#include "moments.h"
+#include "output.h"
+#include "gradients.h"
