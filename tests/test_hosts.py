@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from helpers.commands import ROOT, environment, mpi_version, needs_mpi4py, needs_mpiexec, running
+
 DEADLINE = 60.0
 TIMEOUT = 5.0  # of the group whose cable is cut
 
@@ -51,23 +51,10 @@ class Host:
     def ip(self, *arguments: str) -> None:
         subprocess.run(["ip", "-n", self.name, *arguments], check=True, timeout=10)
 
-    def start(self, *command: str | Path) -> subprocess.Popen[str]:
-        """Run Python there, in a process group of its own."""
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": self.device,
-        }
-        return subprocess.Popen(
-            ["ip", "netns", "exec", self.name, sys.executable, *map(str, command)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    def running(self, *command: str | Path) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+        """Python there, and nothing of it after the block."""
+        entered = "ip", "netns", "exec", self.name, sys.executable
+        return running(*entered, *command, env=environment(GLOO_SOCKET_IFNAME=self.device))
 
 
 @pytest.fixture
@@ -92,21 +79,16 @@ def hosts() -> Iterator[list[Host]]:
 @contextlib.contextmanager
 def torchruns(hosts: list[Host], ranks: int, *command: str | Path) -> Iterator[list[subprocess.Popen[str]]]:
     """The launcher on each host, as its recipe starts it. None of its processes outlives the block."""
-    agents = []
-    try:
+    with contextlib.ExitStack() as stack:
+        agents = []
         for host in hosts:
             # The address of neither host is that of its name, by which torchrun would know where the store is.
             meeting = f"is_host={int(host is hosts[0])}"
             options = ["-n", str(ranks), "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "hosts"]
             options += ["--rdzv-endpoint", f"{hosts[0].address}:29400", "--local-addr", host.address]
             options += ["--rdzv-conf", meeting]
-            agents.append(host.start("-m", "syncbn.launch", *options, *command))
-        yield agents
-    finally:
-        for agent in agents:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(agent.pid, signal.SIGKILL)  # ranks die with their agent
-            agent.communicate()
+            agents.append(stack.enter_context(host.running("-m", "syncbn.launch", *options, *command)))
+        yield agents  # whose ranks die with them
 
 
 @pytest.mark.netns
@@ -123,6 +105,49 @@ def test_two_hosts_train_like_one_process(hosts: list[Host]) -> None:
     rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| float")]
     assert len(rows) == 6 and all(row[-1].strip() == "yes" for row in rows), out
     assert sum(row[1].strip() == "SyncBN" for row in rows) == 4
+
+
+EXCHANGING = """
+import os, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+import syncbn
+from syncbn import comm
+
+comm.ONE_HOP_LIMIT = int(sys.argv[2])
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+for channels in (5, 9000):
+    seeds = [torch.Generator().manual_seed(r) for r in range(world)]
+    xs = [torch.randn(3, channels, dtype=torch.float64, generator=seed) for seed in seeds]
+    layer, alone = syncbn.SyncBatchNorm(channels).double(), torch.nn.BatchNorm1d(channels).double()
+    for _ in range(10):
+        torch.testing.assert_close(layer(xs[rank]), alone(torch.cat(xs))[3 * rank :][:3], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.running_var, alone.running_var, rtol=1e-12, atol=1e-12)
+link = comm.link_of(dist.group.WORLD, torch.device("cpu"))
+(Path(sys.argv[1]) / f"seen-{rank}").write_text(f"{os.environ['GROUP_RANK']} {link._carrier.by_socket}")
+dist.barrier()
+"""
+
+
+@pytest.mark.netns
+@pytest.mark.integration
+@pytest.mark.parametrize("limit", [32, 2])
+def test_ranks_of_a_host_meet_by_socket_and_hosts_over_gloo(hosts: list[Host], tmp_path: Path, limit: int) -> None:
+    """In one exchange; above the limit, by way of each host's lowest rank."""
+    script = tmp_path / "exchanging.py"
+    script.write_text(EXCHANGING)
+    with torchruns(hosts, 3, script, tmp_path, str(limit)) as agents:
+        ends = [agent.communicate(timeout=DEADLINE) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], ends
+    seen = [path.read_text().split(maxsplit=1) for path in sorted(tmp_path.glob("seen-*"))]
+    ranks = [[rank for rank, (host, _) in enumerate(seen) if host == str(number)] for number in range(2)]
+    assert [len(of_host) for of_host in ranks] == [3, 3]
+    for of_host in ranks:
+        for rank in of_host:
+            peers = [peer for peer in of_host if peer != rank]
+            led = limit == 2 and rank != of_host[0]
+            assert seen[rank][1] == str((of_host[0],) if led else tuple(peers))
 
 
 TRAINING = """
@@ -215,15 +240,13 @@ seen = f"rank {rank} of {world} local {os.environ['LOCAL_RANK']} devices {device
 
 @pytest.mark.netns
 @pytest.mark.mpi
+@needs_mpi4py
+@needs_mpiexec
 @pytest.mark.integration
 def test_two_hosts_over_mpi(hosts: list[Host], tmp_path: Path) -> None:
-    pytest.importorskip("mpi4py", reason="mpi4py is not installed (extra: mpi)")
-    beside = Path(sys.executable).with_name("mpiexec")
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if mpiexec is None or shutil.which("unshare") is None or shutil.which("hostname") is None:
-        pytest.skip("needs mpiexec, unshare and hostname")
-    version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True, check=False, timeout=30).stdout
-    if "HYDRA" not in version:
+    if shutil.which("unshare") is None or shutil.which("hostname") is None:
+        pytest.skip("needs unshare and hostname")
+    if "HYDRA" not in mpi_version():
         pytest.skip("needs MPICH's mpiexec, whose way to another host can be replaced by a script")
     script, enter = tmp_path / "over_mpi.py", tmp_path / "enter"
     script.write_text(OVER_MPI)
@@ -231,13 +254,8 @@ def test_two_hosts_over_mpi(hosts: list[Host], tmp_path: Path) -> None:
     enter.chmod(0o755)
     options = ["--engine", "mpi", "-n", "4", "-hosts", ",".join(host.address for host in hosts), "-ppn", "2"]
     options += ["-launcher", "ssh", "-launcher-exec", str(enter), "-localhost", hosts[0].address]
-    job = hosts[0].start("-m", "syncbn.launch", *options, script, tmp_path)
-    try:
+    with hosts[0].running("-m", "syncbn.launch", *options, script, tmp_path) as job:
         out, err = job.communicate(timeout=DEADLINE)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
-        job.communicate()
     assert job.returncode == 0, err
     seen = [path.read_text() for path in sorted(tmp_path.glob("seen-*"))]
     assert seen == [f"rank {r} of 4 local {r % 2} devices lo,{hosts[r // 2].device}" for r in range(4)], out + err

@@ -1,0 +1,143 @@
+"""Frames to and from every rank of a group: over Unix sockets where both share a host, over gloo to the others.
+
+In large groups, on the way through a leader of each host (``two_levels``).
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from syncbn import _torch
+from syncbn.comm.frames import Frames
+from syncbn.comm.gloo import Gloo
+from syncbn.comm.handshake import all_of_host, connect_pairs
+from syncbn.comm.post_mortem import silent_ranks
+from syncbn.comm.sockets import PeersLost, Sockets
+from syncbn.comm.two_levels import TwoLevels, is_led, leader_or_all
+from syncbn.comm.waiting import bury
+
+_MARGIN = 1.0
+"""Seconds at most, of the group's timeout, that are left for a leader to say who did not come."""
+
+
+class Lost(NamedTuple):
+    """How an exchange failed.
+
+    Attributes:
+        reason: what is known of why.
+        waited: seconds that this rank was in the exchange.
+        missing: ranks that had not arrived.
+    """
+
+    reason: str
+    waited: float
+    missing: list[int]
+
+
+class Carrier:
+    """Swaps one frame with every rank of a group.
+
+    In their first exchange the ranks find out together, over gloo, who is reached by socket; each pair agrees on it.
+    ``SYNCBN_SOCKETS=off`` in the environment of a rank keeps it to gloo.
+
+    Args:
+        group: over gloo.
+        device: by which its backend is found.
+        levels: whether frames go through the leaders of hosts where the ranks are not all on one.
+    """
+
+    def __init__(self, group: Any, device: torch.device, levels: bool = False) -> None:
+        self._group = weakref.ref(group)  # weak: links are kept per group
+        self._rank: int = group.rank()
+        self._size: int = group.size()
+        self._timeout = _torch.timeout_of(group, device).total_seconds()
+        self._gloo = Gloo(group, device)
+        self._sockets: Sockets | None = None
+        self._wanted = leader_or_all if levels else all_of_host
+        self._levels: TwoLevels | None = None
+        self._others: Sequence[int] = [rank for rank in range(self._size) if rank != self._rank]  # by gloo
+
+    @property
+    def by_socket(self) -> tuple[int, ...]:
+        """The ranks that are reached by socket; known from the first exchange on."""
+        return () if self._sockets is None else self._sockets.peers
+
+    def swap(self, frames: Frames, length: int, number: int) -> Lost | None:
+        """Send this rank's frame to every peer, and receive theirs; wait for all.
+
+        Args:
+            frames: has this rank's frame, and room for those of the others.
+            length: of this rank's frame in float64.
+            number: of the exchange, for the post-mortem.
+
+        Returns:
+            None, or how it failed; then the group cannot be used again.
+        """
+        started = time.monotonic()
+        try:
+            if self._sockets is None:
+                self._connect()
+            self._exchange(frames, length, started + self._timeout)
+        except PeersLost as lost:
+            if self._sockets is not None:
+                self._sockets.give_up(lost.ranks, lost.timed_out)
+            missing = [rank for rank in sorted(lost.ranks) if rank != self._rank]
+            waited = time.monotonic() - started
+            return Lost(str(lost), waited, missing)
+        except RuntimeError as error:
+            missing = self._gloo.missing()
+            bury(frames, self._gloo)
+            waited = time.monotonic() - started
+            if len(missing) > 1:  # some of them may have lost the same peer, and hung up before this rank
+                missing = silent_ranks(self._group(), number, missing) or missing
+            else:
+                silent_ranks(self._group(), number, [])
+            if self._sockets is not None:
+                self._sockets.give_up(dict.fromkeys(missing or [self._rank], str(error)))
+            return Lost(str(error), waited, missing)
+        except BaseException:
+            bury(frames, self._gloo, self._group())
+            raise
+        return None
+
+    def close(self, reason: str) -> None:
+        """Tell the peers at the other ends of sockets that this rank is gone, and close these."""
+        if self._sockets is not None:
+            self._sockets.close(reason)
+
+    def _exchange(self, frames: Frames, length: int, deadline: float) -> None:
+        sockets = self._sockets
+        assert sockets is not None
+        if self._levels is not None:
+            self._levels.swap(frames, length, deadline, min(_MARGIN, self._timeout / 10))
+            return
+        sockets.send(frames.views[self._rank][: 8 * length])
+        if self._others:
+            self._start(frames, length)
+        sockets.receive(frames.of_peers(sockets.peers), deadline)
+        if self._others:
+            self._gloo.wait()
+
+    def _start(self, frames: Frames, length: int) -> None:
+        rows = frames.tensor
+        self._gloo.start(rows[self._rank, :length], {peer: rows[peer] for peer in self._others})
+
+    def _connect(self) -> None:
+        ends, pairs, hosts = connect_pairs(self._rank, self._size, self._tell, self._wanted)
+        self._sockets = Sockets(self._rank, ends)
+        self._others = [rank for rank in self._others if rank not in ends]
+        if self._wanted is leader_or_all and any(pairs) and is_led(hosts):
+            self._levels = TwoLevels(self._rank, pairs, self._sockets, self._gloo)
+
+    def _tell(self, record: bytes) -> list[bytes]:
+        """Every rank's record, over gloo."""
+        frames = Frames(self._size, -(-len(record) // 8))
+        frames.views[self._rank][: len(record)] = record
+        self._start(frames, frames.length)
+        self._gloo.wait()
+        return [bytes(view[: len(record)]) for view in frames.views]

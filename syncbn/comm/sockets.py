@@ -1,0 +1,435 @@
+"""Swap frames between the ranks of one host over Unix sockets: one write and one read for each peer.
+
+Each pair of ranks has a connection of its own (see ``handshake``). A frame is a packet, or several: all but the last
+carry a mark behind their data. A packet's length says what it is:
+
+    0 mod 8: a frame, or the last part of one; 4 mod 8: a part, and a mark; odd: a farewell; none: the peer is gone.
+
+A rank writes to all its peers without waiting, then reads from each. A read blocks: that takes no time of a core, and
+one wake-up. After ``PATIENCE`` seconds the reader looks at all its peers at once (``_Rest``), so that it hears of one
+that died while it waits for another.
+
+An exchange that does not end as it should on a rank ends all of that rank's connections: it tells its peers whom it
+lost and why (``farewell``), and closes. So does a rank that is interrupted, drops the group, or exits. The kernel
+closes for one that is killed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import select
+import socket
+import sys
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from syncbn.comm import farewell
+from syncbn.comm.farewell import Farewell
+from syncbn.comm.handshake import BUFFER, PATIENCE, Connection, Tell, connect_pairs, is_of_kernel
+
+GRACE = PATIENCE / 2
+"""Seconds until a peer that closed without a word, after its frame was read, is lost to that exchange."""
+
+_SEND_NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_LENGTH = socket.MSG_TRUNC  # a read returns the length of the packet, also of one that is longer than the buffer
+_READ_NOW = socket.MSG_DONTWAIT | _LENGTH
+_MARK = b"more"
+_LONGEST = 3600.0  # seconds: poll() takes no infinity
+_KILLED = "its process ended without a word: it was killed, or it crashed"
+_FORKED = "this is a forked child, which cannot use its parent's connections; make a process group of its own"
+_UNFINISHED = "it left an exchange unfinished"
+_LATE = "it did not come in time"
+
+
+class PeersLost(Exception):
+    """An exchange could not be completed.
+
+    Attributes:
+        ranks: the ranks of the group that are to blame, and why. This rank may be among them.
+        timed_out: whether they came too late, for this rank or for the one that told it.
+    """
+
+    def __init__(self, ranks: Mapping[int, str], timed_out: bool) -> None:
+        super().__init__("; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(ranks.items())))
+        self.ranks = dict(ranks)
+        self.timed_out = timed_out
+
+
+class Sockets:
+    """One rank's connections to those ranks of its group with which it shares a host.
+
+    Each exchange is one ``send`` and one ``receive``. An exception out of either, of any kind, closes all connections,
+    and the peers know; later calls raise ``PeersLost`` with the same ranks.
+
+    Attributes:
+        peers: the ranks of the group at the other ends, in order. Both ends agree on it.
+    """
+
+    def __init__(self, rank: int, connections: Mapping[int, Connection]) -> None:
+        self.peers = tuple(sorted(connections))
+        self._rank = rank
+        self._ends = [connections[peer] for peer in self.peers]
+        self._sends = [end.socket.send for end in self._ends]
+        self._reads = [end.socket.recv_into for end in self._ends]
+        self._packet = min((end.packet for end in self._ends), default=0)
+        self._frame: memoryview | None = None  # that of the exchange that is under way
+        self._sent = 0  # to how many peers
+        self._exchanges = 0
+        self._dead: PeersLost | None = None
+        _all.add(self)
+
+    @classmethod
+    def connect(cls, rank: int, size: int, tell: Tell) -> Sockets:
+        """See ``connect_pairs``."""
+        return cls(rank, connect_pairs(rank, size, tell).ends)
+
+    def send(self, frame: memoryview) -> None:
+        """Write ``frame`` to all peers, without waiting; what cannot be written now is left to ``receive``.
+
+        Args:
+            frame: bytes, in a multiple of 8, not empty. Must not change before ``receive`` returns.
+
+        Raises:
+            PeersLost: this rank's connections are closed already.
+        """
+        if self._dead is not None or self._frame is not None:
+            self._refuse()
+        self._frame = frame
+        self._sent = 0
+        try:
+            if len(frame) <= self._packet:
+                for send in self._sends:
+                    send(frame, _SEND_NOW)
+                    self._sent += 1
+        except BaseException as error:
+            if not is_of_kernel(error):  # else full, or closed by the peer: receive() finds out
+                self._interrupt(error)
+                raise
+
+    def receive(self, buffers: Sequence[memoryview], deadline: float, expected: int = 0) -> None:
+        """Read the frame of each peer into its buffer.
+
+        Args:
+            buffers: bytes, in the order of ``peers``, each with room for the longest frame that may come.
+            deadline: of the exchange, on the clock of ``time.monotonic``.
+            expected: bytes that a peer's frame is likely to have; as many as this rank's where it is not given.
+
+        Raises:
+            PeersLost: a peer is not there any more, or its frame has not come by the deadline.
+        """
+        if self._dead is not None or self._frame is None:
+            self._refuse()
+        self._finish(buffers, expected or len(self._frame), deadline)
+        self._exchanges += 1
+
+    def collect(self, buffers: Sequence[memoryview], deadline: float, expected: int) -> list[int]:
+        """Read the frame of each peer, where they wait for an answer to it: ``deliver``. The two are one exchange.
+
+        Args:
+            buffers, deadline, expected: as in ``receive``.
+
+        Returns:
+            Bytes of each frame.
+
+        Raises:
+            PeersLost: as in ``receive``.
+        """
+        if self._dead is not None or self._frame is not None:
+            self._refuse()
+        self._frame, self._sent = memoryview(b""), len(self._ends)
+        return self._finish(buffers, expected, deadline)
+
+    def deliver(self, frame: memoryview, deadline: float) -> None:
+        """Write ``frame`` to all peers, and wait until it is written.
+
+        Args:
+            frame: bytes, in a multiple of 8, not empty.
+            deadline: as in ``receive``.
+
+        Raises:
+            PeersLost: as in ``receive``.
+        """
+        self.send(frame)
+        self._finish(None, 0, deadline)
+        self._exchanges += 1
+
+    def close(self, reason: str) -> None:
+        """Tell the peers that this rank leaves, and why, and close all connections. The second time, nothing."""
+        self.give_up({self._rank: reason})
+
+    def give_up(self, lost: Mapping[int, str], timed_out: bool = False) -> None:
+        """Tell the peers that these ranks are lost, and why, and close all connections. The second time, nothing.
+
+        For ranks that this one lost in some other way; an exchange cannot be completed without them.
+        """
+        if self._dead is not None:
+            return
+        reasons = {rank: farewell.clean(reason, farewell.LIMIT) for rank, reason in lost.items()}
+        self._dead = PeersLost(reasons, timed_out)
+        try:
+            last = farewell.encode(Farewell(reasons, timed_out, self._exchanges))
+            for end in self._ends:
+                _say(end.socket, last)
+        finally:
+            self._close()
+
+    def _finish(self, buffers: Sequence[memoryview] | None, expected: int, deadline: float) -> list[int]:
+        """Write what is left of the frame, and read a frame of each peer if there are buffers; bytes of each."""
+        frame = self._frame
+        assert frame is not None
+        count = len(self._ends)
+        try:
+            done, other = (count, -1) if buffers is None else self._read_each(buffers, expected)
+            lengths = [expected] * done
+            if done < count or self._sent < count:
+                rest = _Rest(self.peers, self._ends, frame, buffers or (), self._exchanges)
+                rest.run(self._sent, done, other, deadline)
+                if rest.lost:
+                    self.give_up(rest.lost, rest.timed_out)
+                    self._refuse()
+                lengths += [rest.lengths[place] for place in range(done, count)]
+        except BaseException as error:
+            self._interrupt(error)
+            raise
+        self._frame = None
+        return lengths
+
+    def _read_each(self, buffers: Sequence[memoryview], length: int) -> tuple[int, int]:
+        """Read one packet of each peer, as long as they come and have this length.
+
+        Returns:
+            How many peers' packets are read, and the length of one more, of another length; -1 if there is none.
+        """
+        done = 0
+        if self._sent < len(self._ends) or (buffers and len(buffers[0]) < farewell.LIMIT):  # would cut a farewell
+            return 0, -1
+        try:
+            for read, buffer in zip(self._reads, buffers, strict=True):
+                got = read(buffer, 0, _LENGTH)
+                if got != length:
+                    return done, got
+                done += 1
+        except OSError as error:
+            if not is_of_kernel(error):  # else nothing came for a while, or the peer closed
+                raise
+        return done, -1
+
+    def _refuse(self) -> NoReturn:
+        if self._dead is None:
+            self.close(_UNFINISHED)
+        assert self._dead is not None
+        raise PeersLost(self._dead.ranks, self._dead.timed_out)
+
+    def _interrupt(self, error: BaseException) -> None:
+        self.close(f"it was interrupted by {farewell.describe(error)}")
+
+    def _close(self) -> None:
+        for end in self._ends:
+            end.socket.close()
+
+    def _forget(self) -> None:
+        """Leave the connections to the parent, in a forked child."""
+        if self._dead is None:
+            self._dead = PeersLost({self._rank: _FORKED}, False)
+            self._close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_dead"):
+            self.close("it dropped the group")
+
+
+class _Rest:
+    """The rest of an exchange: writes to and reads from all peers at once, as they are ready.
+
+    Peers are numbered by their place in ``ends``.
+
+    Attributes:
+        lost: ranks that are to blame for the end of the exchange, and why.
+        timed_out: whether they came too late.
+        lengths: bytes of the frames that were read here.
+    """
+
+    def __init__(
+        self,
+        peers: Sequence[int],
+        ends: Sequence[Connection],
+        frame: memoryview,
+        buffers: Sequence[memoryview],
+        exchanges: int,
+    ) -> None:
+        self.lost: dict[int, str] = {}
+        self.timed_out = False
+        self.lengths: dict[int, int] = {}
+        self._peers, self._ends, self._frame, self._buffers = peers, ends, frame, buffers
+        self._exchanges = exchanges
+        self._unsent: dict[int, int] = {}  # bytes written so far
+        self._unread: dict[int, int] = {}  # bytes read so far
+        self._closed: set[int] = set()  # closed by the peer before all was written to it
+        self._silent: dict[int, float] = {}  # closed without a word after its frame was read: when that is a loss
+        self._spill = bytearray(farewell.LIMIT)
+        self._poll = select.poll()
+
+    def run(self, sent: int, read: int, other: int, deadline: float) -> None:
+        """Go on after so many peers were written to and read from, in order.
+
+        Args:
+            other: length of a packet that was read from the next peer as well, or -1.
+        """
+        count = len(self._ends)
+        self._unsent = dict.fromkeys(range(sent, count), 0)
+        self._unread = dict.fromkeys(range(read, count), 0)
+        if other >= 0:
+            self._take(read, other, self._buffers[read])
+        places = {end.socket.fileno(): place for place, end in enumerate(self._ends)}
+        for place in range(count):
+            self._watch(place)
+        while (self._unsent or self._unread) and not self.lost:
+            wait = min([deadline, *self._silent.values()]) - time.monotonic()
+            ready = self._poll.poll(min(max(0.0, wait), _LONGEST) * 1000)
+            for number, events in ready:
+                self._serve(places[number], events)
+            if not ready:
+                self._expire(deadline)
+
+    def _watch(self, place: int) -> None:
+        """A peer that has done its part is watched for its end only; one of whose end it is known, no more."""
+        wanted = select.POLLIN if place in self._unread else select.POLLRDHUP
+        if place in self._unsent:
+            wanted |= select.POLLOUT
+        self._poll.register(self._ends[place].socket, wanted)
+
+    def _serve(self, place: int, events: int) -> None:
+        if place in self._unsent and events & select.POLLOUT:
+            self._write(place)
+        ended = bool(events & ~select.POLLOUT)
+        if place in self._unread and ended:
+            self._read(place)
+            ended = False
+        if place not in self._unread and (ended or place in self._closed):
+            self._part(place)
+        else:
+            self._watch(place)
+
+    def _write(self, place: int) -> None:
+        """Write to a peer until its buffer is full."""
+        end = self._ends[place]
+        start = self._unsent[place]
+        try:
+            while len(self._frame) - start > end.packet:
+                part = end.packet // 16 * 8  # small parts leave room for a farewell
+                end.socket.sendmsg([self._frame[start : start + part], _MARK], (), _SEND_NOW)
+                start += part
+            end.socket.send(self._frame[start:], _SEND_NOW)
+            del self._unsent[place]
+        except BlockingIOError as error:
+            if not is_of_kernel(error):
+                raise
+            self._unsent[place] = start
+        except OSError as error:
+            if not is_of_kernel(error):
+                raise
+            del self._unsent[place]
+            self._closed.add(place)
+
+    def _read(self, place: int) -> None:
+        rest = self._buffers[place][self._unread[place] :]
+        length = self._get(place, [rest, self._spill])
+        if length >= 0:
+            self._take(place, length, rest)
+
+    def _get(self, place: int, buffers: Sequence[memoryview | bytearray], flags: int = _READ_NOW) -> int:
+        """Length of the next packet from a peer; 0 if it closed, -1 if there is none yet."""
+        while True:
+            try:
+                return self._ends[place].socket.recvmsg_into(buffers, 0, flags)[0]
+            except OSError as error:
+                if not is_of_kernel(error):
+                    raise
+                if isinstance(error, BlockingIOError):
+                    return -1
+                if not isinstance(error, ConnectionResetError):  # said once, before what the peer had sent
+                    return 0
+
+    def _take(self, place: int, length: int, data: memoryview) -> None:
+        """Account for a packet: its bytes are in ``data``, and in the spill what does not fit there."""
+        if length == 0:
+            self._lose(place, _KILLED)
+        elif length % 2:
+            self._hear(place, farewell.decode((bytes(data[:length]) + self._spill)[:length]))
+        else:
+            marked = length % 8 == len(_MARK)
+            size = length - len(_MARK) if marked else length
+            if size > len(data):
+                self._lose(place, f"it sent {length} bytes where {len(data)} were awaited")
+            elif marked:
+                self._unread[place] += size
+            else:
+                self.lengths[place] = self._unread.pop(place) + size
+
+    def _part(self, place: int) -> None:
+        """Look why a peer closed whose frame was read: it may have completed the exchange and left."""
+        self._poll.unregister(self._ends[place].socket)
+        closed = place in self._closed
+        length = self._get(place, [self._spill], _READ_NOW | socket.MSG_PEEK)
+        if length % 2 and length > 0:
+            said = farewell.decode(bytes(self._spill[:length]))
+            if closed or said is None or said.exchanges <= self._exchanges:
+                self._hear(place, said)
+        elif closed:
+            self._lose(place, _KILLED)
+        elif length == 0:
+            self._silent[place] = time.monotonic() + GRACE
+        # Else there is a frame of the next exchange: it completed this one.
+
+    def _hear(self, place: int, said: Farewell | None) -> None:
+        if said is None:
+            self._lose(place, "it sent bytes that are no message")
+        else:
+            self.lost |= said.lost
+            self.timed_out |= said.timed_out
+
+    def _lose(self, place: int, reason: str) -> None:
+        self.lost.setdefault(self._peers[place], reason)
+
+    def _expire(self, deadline: float) -> None:
+        now = time.monotonic()
+        for place, end in self._silent.items():
+            if now >= end:
+                self._lose(place, _KILLED)
+        if now >= deadline and not self.lost:
+            self.timed_out = True
+            for place in self._unsent | self._unread:
+                self._lose(place, _LATE)
+
+
+def _say(end: socket.socket, last: bytes) -> None:
+    """Send a peer the last packet, and wake it."""
+    with contextlib.suppress(OSError):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)  # for a peer that has not read for a while
+        end.send(last, _SEND_NOW)
+    with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+
+
+_all: weakref.WeakSet[Sockets] = weakref.WeakSet()
+
+
+def _leave() -> None:
+    """Say farewell on all connections of this process, which ends."""
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # its name before Python 3.12
+    reason = "its process ended" + (f" with {farewell.describe(error)}" if error is not None else "")
+    for sockets in list(_all):
+        sockets.close(reason)
+
+
+def _forget_all() -> None:
+    for sockets in list(_all):
+        sockets._forget()
+
+
+atexit.register(_leave)
+os.register_at_fork(after_in_child=_forget_all)

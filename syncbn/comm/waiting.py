@@ -1,0 +1,79 @@
+"""Wait for a backend so that signals are heard: Ctrl-C, or a handler that raises."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+_idle: list[_Waiter] = []
+_left: list[_Waiter] = []
+_lock = threading.Lock()
+
+
+def interruptible(wait: Callable[[], None]) -> None:
+    """Call ``wait``, which blocks outside of Python, so that a signal's handler runs meanwhile, and may raise.
+
+    Python runs handlers in the main thread, between its own instructions: there the call is left to another thread. If
+    a handler raises, that thread stays behind until the backend returns, and the exchange must not be used any more.
+    The program ends after it: to end the interpreter around a thread within a backend aborts the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        wait()
+        return
+    with _lock:
+        waiter = _idle.pop() if _idle else _Waiter()
+    try:
+        error = waiter.run(wait)
+    except BaseException:
+        _left.append(waiter)
+        raise
+    with _lock:
+        _idle.append(waiter)
+    if error is not None:
+        raise error
+
+
+def bury(*objects: Any) -> None:
+    """Never free these, not even when the program ends: buffers that a lost peer may still write to, and backends in
+    which a thread may still wait.
+    """
+    for each in objects:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
+
+
+class _Waiter:
+    """A thread that makes one call at a time for another."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="syncbn waiter", daemon=True).start()
+
+    def run(self, call: Callable[[], None]) -> BaseException | None:
+        """Make the call; what it raised."""
+        self._calls.put(call)
+        return self.finish()
+
+    def finish(self) -> BaseException | None:
+        """Wait for the call that is under way."""
+        return self._results.get()
+
+    def _work(self) -> None:
+        while True:
+            call = self._calls.get()
+            try:
+                call()
+            except BaseException as error:
+                self._results.put(error)
+            else:
+                self._results.put(None)
+
+
+@atexit.register
+def _finish() -> None:
+    for waiter in _left:
+        waiter.finish()
