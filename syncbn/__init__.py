@@ -1,9 +1,11 @@
 """Synchronized batch normalization: every rank normalizes with the statistics of the global mini-batch."""
 
+from typing import Any
+
 from syncbn import accumulation, functional, masked, steps, uneven
+from syncbn.agreement import check_ranks_agree
 from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
-from syncbn.header import PeerLostError, RankMismatchError
-from syncbn.manifest import check_ranks_agree
+from syncbn.errors import PeerLostError, RankMismatchError
 from syncbn.modules import SyncBatchNorm
 from syncbn.population import update_population_stats
 
@@ -14,6 +16,7 @@ __all__ = [
     "accumulation",
     "check_ranks_agree",
     "convert_sync_batchnorm",
+    "diagnostics",
     "functional",
     "masked",
     "revert_sync_batchnorm",
@@ -21,3 +24,18 @@ __all__ = [
     "uneven",
     "update_population_stats",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``__version__`` and ``diagnostics``, which are found at their first use."""
+    import importlib
+
+    if name == "__version__":
+        return importlib.import_module("syncbn._version").version()
+    if name == "diagnostics":
+        return importlib.import_module("syncbn.diagnostics")
+    raise AttributeError(f"module 'syncbn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -43,8 +43,11 @@ from torch._C._distributed_c10d import FileStore
 
 from syncbn import comm, kernels, launch
 from syncbn._check import MESSAGE
-from syncbn.header import MOMENTS, Call
+from syncbn.comm.base import checks
+from syncbn.comm.handshake import SWITCH
+from syncbn.kernels import native
 from syncbn.modules import SyncBatchNorm
+from syncbn.wire import MOMENTS, Call
 
 OPTIONAL = ("mpi4py", "mpich", "openmpi", "triton", "lightning", "accelerate", "scikit-learn", "matplotlib", "tqdm")
 """Distributions that parts of the project, or its examples, use where they are installed."""
@@ -90,6 +93,7 @@ class Doctor:
         self._mpi = mpi
         self._say = say
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._wrong: list[str] = []  # variables that the processes do without, so that the rest is looked at
 
     def examine(self) -> bool:
         """Look at everything, then try what is here; whether all of it works."""
@@ -107,11 +111,15 @@ class Doctor:
         found["versions"] = versions()
         self._say("versions", ", ".join(f"{name} {text}" for name, text in found["versions"].items() if text))
         self._say("absent", ", ".join(name for name, text in found["versions"].items() if not text) or "nothing")
-        found["settings"] = settings()
+        found["settings"] = self._settings()
         self._say("settings", _settings_line(found["settings"]))
         found["launcher"] = launch.settings(_request(2))[1]
         self._say("launcher", f"syncbn-launch -n 2 would give {found['launcher']}")
-        found["devices"] = {"cpu": cpu(), "accelerators": [], "note": None}
+        found["devices"] = {
+            "cpu": cpu() | kernels_on_cpu(found["settings"]["kernels"]),
+            "accelerators": [],
+            "note": None,
+        }
         with self._part("devices"):
             found["devices"] |= self._accelerators(folder)
             self._say("devices", _devices_line(found["devices"]))
@@ -125,7 +133,7 @@ class Doctor:
         here = [name for name, there in found["backends"].items() if there]
         missing = [name for name, there in found["backends"].items() if not there]
         self._say("backends", f"{', '.join(here) or 'none'}; not here: {', '.join(missing) or 'none'}")
-        found["kernels"] = _kernels(found["devices"]["accelerators"], found["versions"]["triton"])
+        found["kernels"] = _kernels(found["devices"], found["versions"]["triton"])
         self._say("kernels", found["kernels"])
         self._try("gloo", 2, folder)
         gpus = sum(device["type"] == "cuda" for device in found["devices"]["accelerators"])
@@ -162,6 +170,20 @@ class Doctor:
         return left
 
     # ---- looking
+
+    def _settings(self) -> dict[str, Any]:
+        """What is chosen, None for a value that there is not; and the variables of ``VARIABLES`` that are set."""
+        found: dict[str, Any] = {}
+        for name, choice in CHOICES.items():
+            found[_key(name)] = None
+            with self._part("settings"):
+                try:
+                    found[_key(name)] = choice()
+                except ValueError as error:
+                    self._wrong.append(name)
+                    raise Failure(f"{error}; the trials do without it") from None
+        names = sorted(name for name in os.environ if name.startswith(VARIABLES))
+        return found | {"environment": {name: os.environ[name] for name in names}}
 
     def _accelerators(self, folder: Path) -> dict[str, Any]:
         if not _accelerators_possible():
@@ -225,7 +247,7 @@ class Doctor:
         with (folder / f"output-{index}").open("wb") as output, (folder / f"errors-{index}").open("wb") as errors:
             process = subprocess.Popen(
                 command,
-                env={**os.environ, **environment},
+                env={**{name: text for name, text in os.environ.items() if name not in self._wrong}, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
@@ -337,16 +359,35 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def settings() -> dict[str, Any]:
-    """``checks``: as ``syncbn.comm`` read it; ``environment``: the variables of ``VARIABLES`` that are set."""
-    names = sorted(name for name in os.environ if name.startswith(VARIABLES))
-    return {"checks": comm._checks, "environment": {name: os.environ[name] for name in names}}
+def sockets() -> str:
+    """``SYNCBN_SOCKETS`` in the environment: ``on`` (default) or ``off``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    value = os.environ.get(SWITCH, "").lower() or "on"
+    if value not in ("on", "off"):
+        raise ValueError(f"the environment variable {SWITCH} must be on or off, got {value!r}, which counts as on")
+    return value
+
+
+CHOICES: dict[str, Callable[[], str]] = {"SYNCBN_CHECKS": checks, "SYNCBN_KERNELS": kernels.choice, SWITCH: sockets}
+"""The environment variables that choose how layers work, and what gives the choice, or raises ValueError."""
 
 
 def cpu() -> dict[str, Any]:
     """Cores that this process may use, and threads that torch takes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"machine": platform.machine(), "cores": cores, "threads": torch.get_num_threads()}
+
+
+def kernels_on_cpu(choice: str | None) -> dict[str, str | None]:
+    """Which kernels work on a CPU, with which instructions if they are native, and why if they are not."""
+    if choice == "aten":
+        return {"kernels": "ATen", "instructions": None, "why": "SYNCBN_KERNELS=aten"}
+    if not native.available():
+        return {"kernels": "ATen", "instructions": None, "why": native.reason()}
+    return {"kernels": "native", "instructions": native.instructions(), "why": None}
 
 
 def backends() -> dict[str, bool]:
@@ -390,21 +431,22 @@ def _kernels_on(device: torch.device) -> dict[str, str | None]:
     logger = logging.getLogger("syncbn")
     logger.addHandler(handler)
     try:
-        fused = kernels.fused(torch.zeros(1, 1, device=device))
+        name = kernels.name_of(kernels.choose(torch.zeros(1, 1, device=device), None, raw=True))
     finally:
         logger.removeHandler(handler)
-    return {"kernels": "ATen" if fused is None else "Triton", "why": " ".join(said.getvalue().split()) or None}
+    return {"kernels": name, "why": " ".join(said.getvalue().split()) or None}
 
 
-def _kernels(devices: Sequence[Mapping[str, Any]], triton: str | None) -> str:
-    if not devices:
-        return "ATen for CPUs; for CUDA devices " + ("Triton" if triton else "ATen too, as Triton is not installed")
-    each = [
-        f"{device['kernels']} on {device['type']}:{device['index']}"
-        + (f" ({device['why']})" if device.get("why") else "")
-        for device in devices
-    ]
-    return "; ".join(["ATen for CPUs", *each])
+def _kernels(devices: Mapping[str, Any], triton: str | None) -> str:
+    own = devices["cpu"]
+    about = own["instructions"] or own["why"]
+    each = [f"{own['kernels']} on CPUs ({about})"]
+    for device in devices["accelerators"]:
+        why = f" ({device['why']})" if device.get("why") else ""
+        each.append(f"{device['kernels']} on {device['type']}:{device['index']}{why}")
+    if not devices["accelerators"]:
+        each.append("on CUDA devices " + ("Triton" if triton else "ATen, as Triton is not installed"))
+    return "; ".join(each)
 
 
 # ---- a trial, in a rank
@@ -433,6 +475,7 @@ def rank_of_trial(folder: Path, backend: str, seconds: float) -> dict[str, Any]:
             errors[name], running = exactness(getattr(torch, name), device)
             statistics_of += running
         report = {"rank": dist.get_rank(), "errors": errors, "statistics": statistics_of, "latency_us": latency(device)}
+        report["way"] = comm.link_of(dist.group.WORLD, device).way()
     dist.destroy_process_group()
     return report
 
@@ -494,8 +537,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 def latency(device: torch.device) -> float:
     """Median time of a layer's exchange of 256 channels in microseconds, its result read on the host."""
-    link = comm.link(dist.group.WORLD, device)
-    assert link is not None
+    link = comm.link_of(dist.group.WORLD, device)
     payload = torch.ones(MESSAGE, dtype=torch.float64, device=device)
     times = []
     for _ in range(20 + ROUNDS):
@@ -515,7 +557,10 @@ def _judge(reports: list[dict[str, Any]]) -> dict[str, Any]:
             raise Failure(f"a step in {name} is off by {errors[name]:.1e} from one process with the whole batch")
     if any(report["statistics"] != reports[0]["statistics"] for report in reports):
         raise Failure("the running statistics of the ranks are not equal")
-    return {"errors": errors, "latency_us": round(max(report["latency_us"] for report in reports), 1)}
+    ways = [report["way"] for report in reports]
+    each = (f"{way} from rank {rank}" for rank, way in enumerate(ways))
+    way = ways[0] if len(set(ways)) == 1 else "; ".join(each)
+    return {"errors": errors, "way": way, "latency_us": round(max(report["latency_us"] for report in reports), 1)}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -576,10 +621,16 @@ def _request(ranks: int) -> launch.Request:
 
 
 def _settings_line(found: Mapping[str, Any]) -> str:
-    others = [f"{name}={text}" for name, text in found["environment"].items() if name != "SYNCBN_CHECKS"]
+    chosen = [f"{name}={found[_key(name)]}" for name in CHOICES if found[_key(name)]]
+    others = [f"{name}={text}" for name, text in found["environment"].items() if name not in CHOICES]
     if not any(name.startswith(("MALLOC_", "LD_PRELOAD", "GLIBC_")) for name in found["environment"]):
         others.append("no MALLOC_* (glibc gives memory back after each step on CPUs; syncbn-launch sets them)")
-    return ", ".join([f"SYNCBN_CHECKS={found['checks']}", *others])
+    return ", ".join([*chosen, *others])
+
+
+def _key(name: str) -> str:
+    """What the choice of a variable is called in the report."""
+    return name.removeprefix("SYNCBN_").lower()
 
 
 def _devices_line(found: Mapping[str, Any]) -> str:
@@ -602,7 +653,7 @@ def _trial_line(result: Mapping[str, Any]) -> str:
     errors = ", ".join(f"{error:.0e} in {name}" for name, error in result["errors"].items())
     return (
         f"ok: {result['ranks']} rank{'s' if result['ranks'] > 1 else ''}; forward and backward off by {errors}; "
-        f"an exchange takes {result['latency_us']:.0f} us"
+        f"an exchange of 256 channels takes {result['latency_us']:.0f} us, by {result['way']}"
     )
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     else:
         die_with_parent()
     world, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if least := int(os.environ.get("SYNCBN_PIN", "0")):
+    if least := _cores_per_rank():
         # torchrun numbers the ranks of a host one after the other, also where all have LOCAL_RANK=0.
         pin(int(os.environ["LOCAL_RANK"]) if under_mpi else int(os.environ["RANK"]) % here, here, least)
     if world == here and any(name == "lo" for _, name in socket.if_nameindex()):
@@ -46,7 +46,12 @@ def main() -> None:
     if check:
         _beside("_check").run()
     if arguments:
-        run(arguments)
+        try:
+            run(arguments)
+        except KeyboardInterrupt:  # Ctrl-C: one line for the job is the launcher's, and none for each rank
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            sys.stdout.flush()
+            os._exit(128 + signal.SIGINT)
 
 
 def run(arguments: list[str]) -> None:
@@ -57,6 +62,14 @@ def run(arguments: list[str]) -> None:
     else:
         sys.argv[:] = arguments
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _cores_per_rank() -> int:
+    """``SYNCBN_PIN``: the least for which ranks are pinned; 0 for never."""
+    least = os.environ.get("SYNCBN_PIN") or "0"
+    if not least.isdecimal():
+        sys.exit(f"syncbn-launch: error: SYNCBN_PIN must be a number of cores per rank (0: do not pin), got {least!r}")
+    return int(least)
 
 
 def _take(arguments: list[str], option: str) -> bool:

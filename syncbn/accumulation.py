@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from syncbn.modules import SyncBatchNorm
+from syncbn.memory import Memory, Running
+from syncbn.modules import SyncBatchNorm, running_statistics
 from syncbn.moments import Moments
 
 
@@ -63,33 +64,39 @@ def step_statistics(model: nn.Module) -> Iterator[None]:
     try:
         for name, layer in model.named_modules():
             if isinstance(layer, SyncBatchNorm) and layer.running_mean is not None:
-                if layer._collect is not None:
+                if layer._memory is not None:
                     raise RuntimeError(f"layer {name!r} collects the statistics of a step already: end that one first")
                 if isinstance(layer.running_mean, nn.parameter.UninitializedBuffer):
                     raise ValueError(f"layer {name!r} has not seen its first input yet: run the model once before")
                 collector = _Sums(layer.running_mean)
-                layer._collect = collector.add
+                layer._memory = collector
                 sums.append((layer, collector))
         yield
     finally:
         for layer, _ in sums:
-            del layer._collect
+            del layer._memory
     for layer, collector in sums:
-        layer._remember(Moments(collector.n[0], collector.mean, collector.m2))
+        running_statistics(layer).move(Moments(collector.n[0], collector.mean, collector.m2))
 
 
 class _Sums:
     """Moments that others are merged into, in place: the same tensors in every forward, which a compiler needs."""
 
     def __init__(self, like: torch.Tensor) -> None:
-        self.n = torch.zeros(1, dtype=torch.float64, device=like.device)  # (a 0-dim one stays zero in compiled code)
+        self.n = torch.zeros(1, dtype=torch.float64, device=like.device)  # a 0-dim one stays zero in compiled code
         self.mean = torch.zeros_like(like, dtype=torch.float64)
         self.m2 = torch.zeros_like(like, dtype=torch.float64)
 
-    def add(self, other: Moments | None) -> None:
-        assert other is not None  # torch's own path updates nothing where no momentum is given
-        share = other.n / (self.n + other.n).clamp(min=1.0)
-        delta = other.mean - self.mean
-        self.m2.add_(other.m2 + delta * delta * (self.n * share))
+    running = None
+
+    def of_own_call(self, running: Running) -> Memory:
+        """A subclass that calls ``F.batch_norm`` itself moves its own statistics, in every forward."""
+        return running
+
+    def collect(self, total: Moments, x: Tensor, mask: Tensor | None) -> None:
+        """Merge a batch."""
+        share = total.n / (self.n + total.n).clamp(min=1.0)
+        delta = total.mean - self.mean
+        self.m2.add_(total.m2 + delta * delta * (self.n * share))
         self.mean.add_(delta * share)
-        self.n.add_(other.n)
+        self.n.add_(total.n)

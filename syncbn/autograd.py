@@ -3,11 +3,13 @@
 Convention: the loss is the sum of the ranks' losses. So the adjoint of "every rank gets the sum" is again "every rank
 gets the sum", and with g = dL/dy, xhat = (x - mean) * invstd, n the global count and sums over all ranks,
 
-    dx      = weight * invstd * (g - sum(g) / n - xhat * sum(g * xhat) / n)
+    dx      = weight * invstd * (g - m * (sum(g) / n + xhat * sum(g * xhat) / n))
     dweight = local sum(g * xhat)        dbias = local sum(g)
 
-(Ioffe and Szegedy, 2015, section 3; the parameters' gradients stay local, for DDP to average as any other.)
-With the ReLU, g is first set to zero where the output, computed again from the saved input, is not positive.
+(Ioffe and Szegedy, 2015, section 3; the parameters' gradients stay local, for DDP to average as any other.) m is 1, or
+the mask of the valid positions that the statistics were taken over; the sums of the backward run over all positions,
+for every output depends on the statistics. With a ReLU, g is first set to zero where the output, computed again from
+the saved input, is not positive.
 
 Double backward: when a graph of the backward is asked for (``create_graph=True``), the backward runs as a composition
 of differentiable steps, in which the statistics are functions of the input once more; one more exchange.
@@ -15,19 +17,20 @@ of differentiable steps, in which the statistics are functions of the input once
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from syncbn import header, kernels, moments
+from syncbn import _torch, kernels, wire
+from syncbn.channels import centred, per_channel, reduced_dims
+from syncbn.checkpointing import unseen
 from syncbn.comm import Link
-from syncbn.header import Call
-from syncbn.kernels import HEAD
-from syncbn.moments import Moments, Running
-from syncbn.recompute import unseen
+from syncbn.memory import Memory, Running
+from syncbn.messages import Message, Shared
+from syncbn.moments import look
+from syncbn.wire import Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,331 +38,332 @@ class Plan:
     """All that a forward knows besides tensors.
 
     Attributes:
-        link: to the other ranks; None for none.
+        link: to the other ranks.
         eps: added to the variance.
         relu: whether the output goes through a ReLU.
-        remember: called with the global moments once they are known, to update running statistics.
+        memory: remembers the batch; None for nobody.
         layer: qualified name for headers and errors, "" when there is none.
         flags: header flags of the gradients that are wanted.
-        kind: of the forward exchange.
     """
 
-    link: Link | None
-    eps: float
+    link: Link
+    eps: float = 0.0
     relu: bool = False
-    remember: Callable[[Moments], None] | None = None
+    memory: Memory | None = None
     layer: str = ""
     flags: int = 0
-    kind: int = header.FORWARD
 
-    def share(self, x: Tensor) -> Moments:
-        """Measure ``x`` and merge with all ranks' moments.
-
-        Raises:
-            ValueError: the global batch has one value per channel; on every rank.
-        """
-        total = self.merge(kernels.moments(x, raw=self.wants_raw))
-        # A global count of one is one on every rank, and then no rank has a local count above it: others never wait.
-        if x.numel() < 2 * x.shape[1]:
-            self.refuse_one(total, x)
-        return total
-
-    @property
-    def wants_raw(self) -> bool:
-        """Whether ``merge`` takes raw sums."""
-        return self.link is not None and not self.link.sees_each_rank
-
-    def refuse_one(self, total: Moments, x: Tensor) -> None:
-        """Raise ValueError if the global batch that is to be normalized has one value per channel. Reads the count."""
-        if self.kind == header.FORWARD and not _capturing(x) and total.n.item() == 1:
-            raise ValueError(
-                "batch normalization needs more than 1 value per channel when training, and the global batch over "
-                f"{self.link.size if self.link else 1} rank(s) has 1; this rank's input has shape {tuple(x.shape)}"
-            )
-
-    def merge(self, packed: Tensor) -> Moments:
-        """The moments of all ranks, of which ``packed`` are this rank's."""
-        if self.link is None:
-            return moments.look(moments.unpack(packed))
-        parts = self.link.exchange(packed, Call(self.kind, self.layer, self.flags))
-        if self.link.sees_each_rank:
-            total = moments.look(moments.merge([moments.unpack(part) for part in parts]))
-        else:
-            total = moments.look(moments.unpack_raw(parts[0]))
-        if total.finite is False:
-            self.link.warn_broken(parts, self.layer)
-        return total
-
-    def fused(self, x: Tensor) -> Any:
-        """The kernels with the fused forms, if there are some for x, and the link takes a message from them."""
-        return kernels.fused(x) if self.link is None or self.link.in_place else None
-
-    def exchange_in_place(self, write: Callable[[Tensor, int, int], None], kind: int, width: int, x: Tensor) -> Tensor:
-        """The sum over all ranks of the payload of a message that ``write`` writes; see ``Link.exchange_in_place``."""
-        if self.link is not None:
-            return self.link.exchange_in_place(write, width, Call(kind, self.layer, self.flags))
-        message = torch.empty(HEAD + width, dtype=torch.float64, device=x.device)
-        write(message, 0, 0)
-        return message[HEAD:]
-
-    def sum(self, payload: Tensor, kind: int) -> Tensor:
-        """The sum of a float64 vector over all ranks."""
-        return payload if self.link is None else self.link.sum(payload, Call(kind, self.layer, self.flags))
-
-
-# Private, so tested for: whether a transform of torch.func is active.
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    def call(self, kind: int) -> Call:
+        """What an exchange of this layer is for."""
+        return Call(kind, self.layer, self.flags)
 
 
 def sync_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, plan: Plan
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    plan: Plan,
 ) -> Tensor:
     """Apply ``SyncBatchNormFunction``; its output alone."""
-    if _transforms_active is None or _transforms_active():
-        return SyncBatchNormFunction.apply(x, weight, bias, residual, plan)[0]
-    # Function.apply binds its arguments by inspect first, for these transforms: 40 us that only they need.
-    return super(torch.autograd.Function, SyncBatchNormFunction).apply(x, weight, bias, residual, plan)[0]
+    return _torch.apply(SyncBatchNormFunction, x, mask, weight, bias, residual, plan)[0]
 
 
-class SyncBatchNormFunction(torch.autograd.Function):
+_Saved = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        """Refuses: one call of a vmapped function would be many exchanges, or one of the wrong batch."""
+        plan = next((arg for arg in args if isinstance(arg, Plan)), None)
+        raise _unsupported("torch.vmap (nor in what maps: jacrev, per-sample gradients)", plan, _NO_VMAP)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        """Refuses: forward-mode derivatives would take an exchange of their own."""
+        raise _unsupported(_FORWARD_MODE, getattr(ctx, "plan", None), _NO_FORWARD_MODE)
+
+
+_FORWARD_MODE = "forward-mode differentiation (torch.func.jvp, jacfwd, hessian, forward_ad)"
+_NO_VMAP = "Put vmap's dimension into the batch"
+_NO_FORWARD_MODE = "Differentiate in reverse (torch.func.vjp, torch.autograd.grad)"
+
+
+def _unsupported(what: str, plan: Plan | None, instead: str) -> NotImplementedError:
+    layer = f"layer {plan.layer!r}" if plan is not None and plan.layer else "a layer"
+    return NotImplementedError(
+        f"{layer}: synchronized (or masked) batch statistics do not work in {what}: they are shared over ranks once a "
+        f"call. {instead}, use eval mode, or syncbn.revert_sync_batchnorm(model) for statistics of this rank alone."
+    )
+
+
+def _refuse_batched(plan: Plan, x: Tensor) -> NoReturn:
+    error = _unsupported("a backward with batched gradients", plan, "Compute one gradient at a time")
+    with _torch.outside_modes():
+        plan.link.refuse(plan.call(wire.BACKWARD), str(error), 2 * x.shape[1])
+    raise error
+
+
+def refuse_tracing(plan: Plan, x: Tensor) -> None:
+    """Raise NotImplementedError where somebody watches a layer who cannot follow it to the other ranks."""
+    tracer = _torch.tracer()
+    if tracer:
+        raise _unsupported(tracer, plan, "Use torch.compile, which knows them")
+    if _torch.has_tangent(x):
+        raise _unsupported(_FORWARD_MODE, plan, _NO_FORWARD_MODE)
+
+
+class SyncBatchNormFunction(_Function):
     """``y = act(weight * (x - mean) / sqrt(var + eps) + bias + residual)``, statistics over all ranks.
 
-    Apply to ``(x, weight, bias, residual, plan)``; returns ``(y, mean, invstd, count)``, of which only ``y`` has a
-    gradient. Saves x and per-channel vectors (and the residual under a ReLU).
+    Apply to ``(x, mask, weight, bias, residual, plan)``; returns ``(y, stats)``, of which only ``y`` has a gradient.
+    Saves x, the mask and per-channel vectors (and the residual under a ReLU).
 
     Collectives: one exchange of 2C+1 float64 forward; one of 2C backward if x needs a gradient, none otherwise.
     """
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, plan: Plan
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor]:
+        call = plan.call(wire.FORWARD)
         with unseen():
-            fused = plan.fused(x)
-            if fused is not None and _is_movable(plan.remember):
-                return _fused_forward(fused, x, weight, bias, residual, plan)
-            total = plan.share(x)  # measure, share
-            if plan.remember is not None:
-                plan.remember(total)
-            invstd = total.invstd(plan.eps)
-            y = kernels.normalize(x, total.mean, invstd, weight, bias, residual, plan.relu)
-        return y, total.mean, invstd, total.n
+            local = measure(x, mask, plan.link, call)
+            shared = plan.link.share(local, call)
+            running = remember(shared, x, mask, plan)
+            return normalize(x, mask, shared, weight, bias, residual, plan, running)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, residual, plan = inputs
-        _, mean, invstd, count = output
+        x, mask, weight, bias, residual, plan = inputs
+        stats = output[1]
         if not plan.relu:
             bias = residual = None  # needed to compute the output again, for the ReLU's mask
-        ctx.save_for_backward(x, weight, bias, residual, mean, invstd, count)
-        ctx.mark_non_differentiable(mean, invstd, count)
+        ctx.save_for_backward(x, mask, weight, bias, residual, stats)
+        ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.plan = plan
-        ctx.bias_dtype = None if inputs[2] is None else inputs[2].dtype
+        ctx.bias_dtype = None if inputs[3] is None else inputs[3].dtype
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, mean, invstd, count = ctx.saved_tensors
-        dx: Tensor | None = None
-        dweight: Tensor | None = None
-        dbias: Tensor | None = None
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        saved: _Saved = ctx.saved_tensors
+        x, weight = saved[0], saved[2]
+        needs_x, _, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
+        dtypes = weight.dtype if weight is not None and needs_weight else None, ctx.bias_dtype if needs_bias else None
         if grad is None:
             grad = torch.zeros_like(x)  # this rank uses no output, but its peers wait for its sums
-        needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            dx, dweight, dbias, g = _differentiable_backward(
-                ctx.plan, grad, x, weight, (mean, invstd), (bias, residual)
-            )
-        elif (fused := ctx.plan.fused(x)) is not None and (needs_x or needs_weight or needs_bias):
-            dx, dweight, dbias, g = _fused_backward(fused, ctx, grad)
+        gradients: tuple[Tensor | None, ...]
+        batched = _torch.is_batched(grad)  # by autograd itself: is_grads_batched=True, jacobian(vectorize=True)
+        if batched and ctx.plan.link.size > 1:
+            _refuse_batched(ctx.plan, x)
+        if batched or torch.is_grad_enabled():
+            gradients = _differentiable_backward(ctx.plan, grad, *saved, dtypes)
         else:
-            g = grad
-            if ctx.plan.relu:
-                g = kernels.relu_gradient(grad, x, mean, invstd, weight, bias, residual)
-            if needs_x or needs_weight or needs_bias:
-                sums = kernels.gradient_sums(g, x, mean, invstd)
-                dbias, dweight = sums[: mean.numel()], sums[mean.numel() :]
-            if needs_x:
-                total = ctx.plan.sum(sums, header.BACKWARD)
-                dx = kernels.input_gradient(g, x, mean, invstd, weight, total, count)
-        return (
-            dx,
-            dweight.to(weight.dtype) if needs_weight and dweight is not None else None,
-            dbias.to(ctx.bias_dtype) if needs_bias and dbias is not None else None,
-            g if needs_residual else None,
-            None,
-        )
-
-    @staticmethod
-    def vmap(*_: Any) -> Any:
-        """Refuses: see ``refuse_vmap``."""
-        refuse_vmap()
+            gradients = _backward(ctx.plan, grad, *saved, dtypes, needs_x, needs_residual)
+        dx, dweight, dbias, g = gradients
+        return dx, None, dweight, dbias, g if needs_residual else None, None
 
 
-class GlobalMomentsFunction(torch.autograd.Function):
+def _backward(
+    plan: Plan,
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stats: Tensor,
+    dtypes: tuple[torch.dtype | None, ...],
+    needs_x: bool,
+    needs_g: bool,
+) -> tuple[Tensor | None, ...]:
+    """``(dx, dweight, dbias, g)``, g being the gradient behind the ReLU: two calls of the kernels and an exchange."""
+    kernel = kernels.choose(x, mask, plan.link.raw)
+    rest = x, mask, stats, weight, bias, residual
+    relu = plan.relu
+    if relu and not kernel.fuses_relu:
+        grad, relu = kernel.passed_gradient(grad, *rest), False
+    dx, dweight, dbias, g = None, None, None, None if relu else grad
+    call = plan.call(wire.BACKWARD)
+    message = plan.link.message(2 * x.shape[1], call) if needs_x else None
+    if needs_x or dtypes != (None, None):
+        dweight, dbias = kernel.pack_gradient_sums(grad, *rest, relu, message, dtypes)
+    if message is not None:
+        dx, passed = kernel.shared_input_gradient(grad, *rest, relu, plan.link.share(message, call), relu and needs_g)
+        g = passed if relu else grad
+    elif relu and needs_g:
+        g = kernel.passed_gradient(grad, *rest)
+    return dx, dweight, dbias, g
+
+
+def measure(x: Tensor, mask: Tensor | None, link: Link, call: Call) -> Message:
+    """The moments of this rank's valid positions, in a message for the others."""
+    message = link.message(2 * x.shape[1] + 1, call)
+    kernels.choose(x, mask, message.raw).pack_moments(x, mask, message)
+    return message
+
+
+def remember(shared: Shared, x: Tensor, mask: Tensor | None, plan: Plan) -> Running | None:
+    """Let the memory take note of the batch; the running statistics, if a kernel is to move them.
+
+    Raises:
+        ValueError: the global batch has one value per channel; on every rank, and nothing is remembered.
+    """
+    # If the global count is one, no rank has a larger local count. So only ranks with a local count below two read the
+    # global one, and wait for their device. Under a mask only reading tells how many positions are valid.
+    if (mask is not None or x.numel() < 2 * x.shape[1]) and not _torch.is_capturing(x.device):
+        _refuse_one(shared, x, plan)
+    if plan.memory is None or plan.memory.running is not None:
+        return None if plan.memory is None else plan.memory.running
+    plan.memory.collect(shared.on(x.device).moments(), x, mask)
+    return None
+
+
+def normalize(
+    x: Tensor,
+    mask: Tensor | None,
+    shared: Shared,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    plan: Plan,
+    running: Running | None,
+) -> tuple[Tensor, Tensor]:
+    """The output, and ``(mean[C], invstd[C], n)`` of the global batch."""
+    kernel = kernels.choose(x, mask, shared.raw)
+    y, stats, finite = kernel.normalize_shared(x, mask, shared, weight, bias, residual, plan.relu, plan.eps, running)
+    if finite is False:
+        plan.link.warn_broken(shared, plan.layer)
+    return y, stats
+
+
+class GlobalMomentsFunction(_Function):
     """Mean and biased variance over all ranks, as functions of this rank's ``x``.
 
-    Apply to ``(x, plan)``; returns float64 ``(mean, var, count)``. With the loss being the sum of the ranks' losses,
+    Apply to ``(x, mask, plan)``; returns float64 ``(mean, var, count)``. With the loss being the sum of the ranks'
+    losses,
 
-        dx = (sum_r dmean_r + 2 * (x - mean) * sum_r dvar_r) / n
+        dx = m * (sum_r dmean_r + 2 * (x - mean) * sum_r dvar_r) / n
 
     Collectives: one exchange of 2C+1 float64 forward, one of 2C backward. Differentiable any number of times.
     """
 
     @staticmethod
-    def forward(x: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+        call = plan.call(wire.MOMENTS)
         with unseen():
-            total = plan.share(x)
-            return total.mean, total.var, total.n
+            shared = plan.link.share(measure(x, mask, plan.link, call), call)
+            total = look(shared.on(x.device).moments())
+        if total.finite is False:
+            plan.link.warn_broken(shared, plan.layer)
+        return total.mean.clone(), total.var, total.n.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, ctx.plan = inputs
+        x, mask, ctx.plan = inputs
         mean, _, count = output
-        ctx.save_for_backward(x, mean, count)  # an output that is saved comes back with its own gradient
+        ctx.save_for_backward(x, mask, mean, count)  # an output that is saved comes back with its own gradient
         ctx.mark_non_differentiable(count)
 
     @staticmethod
-    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: None) -> tuple[Tensor, None]:
-        x, mean, count = ctx.saved_tensors
-        channels = mean.numel()
-        total = SumFunction.apply(torch.cat([grad_mean, grad_var]), replace(ctx.plan, kind=header.MOMENTS_BACKWARD))
-        total = total / count.clamp(min=1.0)
-        slope, level = 2.0 * total[channels:], total[:channels]
-        if torch.is_grad_enabled():
-            return (centred(x, mean) * per_channel(slope, x) + per_channel(level, x)).to(x.dtype), None
-        return kernels.normalize(x, mean, slope, None, level), None
-
-    @staticmethod
-    def vmap(*_: Any) -> Any:
-        """Refuses: see ``refuse_vmap``."""
-        refuse_vmap()
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: None) -> tuple[Tensor, None, None]:
+        x, mask, mean, count = ctx.saved_tensors
+        total = SumFunction.apply(torch.cat([grad_mean, grad_var]), ctx.plan, wire.MOMENTS_BACKWARD)
+        level, slope = (total / count.clamp(min=1.0)).chunk(2)
+        if mask is not None:
+            x = torch.where(mask, x, 0)  # here already: zero times NaN is NaN in a second derivative as well
+        if torch.is_grad_enabled() or mask is not None:
+            dx = centred(x, mean) * per_channel(2.0 * slope, x) + per_channel(level, x)
+            return _valid(dx, mask).to(x.dtype), None, None
+        return kernels.plain(x).normalize(x, mean, 2.0 * slope, None, level), None, None
 
 
-class SumFunction(torch.autograd.Function):
-    """The sum of a float64 vector over all ranks; its own adjoint. Apply to ``(payload, plan)``.
+class SumFunction(_Function):
+    """The sum of a float64 vector over all ranks; its own adjoint. Apply to ``(payload, plan, kind)``.
 
     Collectives: one exchange forward, one backward.
     """
 
     @staticmethod
-    def forward(payload: Tensor, plan: Plan) -> Tensor:
-        # (a clone, for a Function must not return its input)
-        return payload.clone() if plan.link is None else plan.sum(payload, plan.kind)
+    def forward(payload: Tensor, plan: Plan, kind: int) -> Tensor:
+        return plan.link.sum(payload, plan.call(kind))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.plan = inputs
+        _, ctx.plan, _ = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return SumFunction.apply(grad, replace(ctx.plan, kind=header.SUM)), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return SumFunction.apply(grad, ctx.plan, wire.SUM), None, None
+
+
+class _PassesFunction(_Function):
+    """One where the gradient passes the ReLU, else zero. A Function, so that kernels see plain tensors."""
 
     @staticmethod
-    def vmap(*_: Any) -> Any:
-        """Refuses: see ``refuse_vmap``."""
-        refuse_vmap()
+    def forward(x: Tensor, mask: Tensor | None, stats: Tensor, *rest: Any) -> Tensor:
+        *parameters, raw = rest
+        return kernels.choose(x, mask, raw).passed_gradient(torch.ones_like(x), x, mask, stats, *parameters)
 
-
-def _fused_forward(
-    fused: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, plan: Plan
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The forward of ``SyncBatchNormFunction`` in three launches and one sum over the ranks."""
-
-    def write(message: Tensor, tag: int, number: int) -> None:
-        fused.pack_moments(x, message, tag, number)
-
-    sums = plan.exchange_in_place(write, plan.kind, 2 * x.shape[1] + 1, x)
-    if x.numel() < 2 * x.shape[1]:
-        plan.refuse_one(moments.unpack_raw(sums), x)
-    to_move = plan.remember
-    running = (to_move.mean, to_move.var, to_move.momentum, to_move.batches) if isinstance(to_move, Running) else None
-    return fused.normalize_shared(x, sums, weight, bias, residual, plan.relu, plan.eps, running)
-
-
-def _fused_backward(fused: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """``(dx, dweight, dbias, g)`` in three launches and one sum, g being the gradient behind the ReLU."""
-    x, weight, bias, residual, mean, invstd, count = ctx.saved_tensors
-    plan = ctx.plan
-    needs_x, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
-    args = grad, x, mean, invstd, weight, bias, residual, plan.relu
-    dtypes = weight.dtype if needs_weight else None, ctx.bias_dtype if needs_bias else None
-    if not needs_x:
-        g = kernels.relu_gradient(*args[:-1]) if plan.relu and needs_residual else grad
-        return None, *fused.pack_gradient_sums(*args, None, 0, 0, dtypes), g
-    parameters: list[Tensor | None] = []
-
-    def write(message: Tensor, tag: int, number: int) -> None:
-        parameters.extend(fused.pack_gradient_sums(*args, message, tag, number, dtypes))
-
-    sums = plan.exchange_in_place(write, header.BACKWARD, 2 * x.shape[1], x)
-    dx, masked = fused.shared_input_gradient(*args, sums, count, plan.relu and needs_residual)
-    return dx, *parameters, grad if masked is None else masked
-
-
-def _is_movable(remember: Any) -> bool:
-    """Whether a kernel can carry out what is to be remembered: running statistics as plain vectors, or nothing."""
-    if remember is None:
-        return True
-    if not isinstance(remember, Running):
-        return False
-    return all(type(t) is Tensor and t.is_contiguous() for t in (remember.mean, remember.var) if t is not None)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
 
 
 def _differentiable_backward(
     plan: Plan,
     grad: Tensor,
     x: Tensor,
+    mask: Tensor | None,
     weight: Tensor | None,
-    stats: tuple[Tensor, Tensor],
-    mask: tuple[Tensor | None, Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stats: Tensor,
+    dtypes: tuple[torch.dtype | None, ...],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """The backward out of differentiable steps: ``(dx, dweight, dbias, g)``, g being the gradient behind the ReLU."""
     g = grad
     if plan.relu:
-        ones = torch.ones_like(x)
-        g = grad * kernels.relu_gradient(ones, x.detach(), *stats, _detached(weight), *map(_detached, mask))
-    mean, var, count = GlobalMomentsFunction.apply(x, replace(plan, kind=header.MOMENTS))
-    dims = [dim for dim in range(x.dim()) if dim != 1]
+        g = grad * _PassesFunction.apply(x, mask, stats, weight, bias, residual, plan.link.raw)
+    given = x
+    if mask is not None:
+        x = kernels.clean_padding(x, mask)
+    mean, var, count = GlobalMomentsFunction.apply(x, mask, plan)
     invstd = (var + plan.eps).rsqrt()
     xhat = centred(x, mean) * per_channel(invstd, x)
+    dims = reduced_dims(x)
     sums = torch.cat([g.sum(dims, dtype=torch.float64), (g * xhat).sum(dims, dtype=torch.float64)])
-    total = SumFunction.apply(sums, replace(plan, kind=header.SUM)) / count.clamp(min=1.0)
-    channels = mean.numel()
-    dx = g - per_channel(total[:channels], x) - xhat * per_channel(total[channels:], x)
-    scale = invstd if weight is None else invstd * weight
-    return (dx * per_channel(scale, x)).to(x.dtype), sums[channels:], sums[:channels], g
-
-
-def _capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, in which nothing may be read."""
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def centred(x: Tensor, mean: Tensor) -> Tensor:
-    """``x - mean`` in x's compute dtype, without the rounding error of a float32 mean; differentiable in both."""
-    dtype = compute_dtype(x)
-    coarse = mean.detach().to(dtype)
-    return x.to(dtype) - per_channel(coarse, x) - per_channel(mean - coarse, x)
-
-
-def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """Values of shape ``(C,)`` in x's compute dtype, shaped to broadcast against x."""
-    return values.to(compute_dtype(x)).view(1, -1, *[1] * (x.dim() - 2))
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 input, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
-
-
-def refuse_vmap() -> NoReturn:
-    """Raise NotImplementedError: one call of a vmapped function would be many exchanges, or one of the wrong batch."""
-    raise NotImplementedError(
-        "synchronized batch statistics do not work under torch.vmap: they are shared over ranks once a call. "
-        "Put vmap's dimension into the batch, use eval mode, or syncbn.revert_sync_batchnorm(model)."
+    dbias, dweight = sums.chunk(2)
+    if plan.link.size > 1:
+        sums = SumFunction.apply(sums, plan, wire.SUM)
+    level, slope = (sums / count.clamp(min=1.0)).chunk(2)
+    dx = g - _valid(per_channel(level, x), mask) - _valid(xhat * per_channel(slope, x), mask)
+    dx = dx * per_channel(invstd if weight is None else invstd * weight, x)
+    if mask is not None and x is not given:
+        dx = torch.where(mask | (x == given), dx, 0)
+    return (
+        dx.to(x.dtype),
+        None if dtypes[0] is None else dweight.to(dtypes[0]),
+        None if dtypes[1] is None else dbias.to(dtypes[1]),
+        g,
     )
+
+
+def _valid(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else torch.where(mask, values, 0)
+
+
+def _refuse_one(shared: Shared, x: Tensor, plan: Plan) -> None:
+    if sum(shared.parts[:, 0].tolist()) == 1:
+        raise ValueError(
+            "batch normalization needs more than 1 value per channel when training, and the global batch over "
+            f"{plan.link.size} rank(s) has 1; this rank's input has shape {tuple(x.shape)}"
+        )

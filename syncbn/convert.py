@@ -9,28 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from syncbn import functional
-from syncbn.comm import link, must_synchronize, must_synchronize_compiled
+from syncbn import functional, tracing
+from syncbn._torch import BatchNormBase, LazyNormBase
+from syncbn.checkpointing import counts
+from syncbn.comm import link_of, must_synchronize, synchronizes
+from syncbn.dry_run import check_is_module
 from syncbn.groups import GroupHandle
+from syncbn.local import LocalBatchNorm
+from syncbn.memory import Memory, Running
 from syncbn.modules import SyncBatchNorm
-from syncbn.moments import Moments, update_running_stats
-from syncbn.recompute import recomputing
+from syncbn.overlooked import overlooked
 
 M = TypeVar("M", bound=nn.Module)
 
 _LAZY = {nn.BatchNorm1d: nn.LazyBatchNorm1d, nn.BatchNorm2d: nn.LazyBatchNorm2d, nn.BatchNorm3d: nn.LazyBatchNorm3d}
 _WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_OURS = ("_group", "_layer_name", "_activation", "_origin")
+_OURS = ("_group", "_layer_name", "_activation", "_origin", "_passes", "_passes_warned")
 
 
 def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
@@ -54,13 +58,17 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
     Returns:
         ``module`` itself.
 
+    Warns:
+        UserWarning: there is no batch norm in it; or some that cannot be reached: in a ``torch.jit.ScriptModule``, or
+            in a layer that keeps running statistics and derives from no batch norm of ``torch.nn``. They are named.
+
     Raises:
-        ValueError, TypeError: for a process group as in ``SyncBatchNorm``.
+        ValueError, TypeError: for a process group as in ``SyncBatchNorm``; and for what is no module.
         TypeError: a subclass of ``nn.SyncBatchNorm`` or of a lazy batch norm, or a layer with a forward of its own as
             an attribute of the object.
 
     Collectives:
-        None. (To compare the layers of all ranks, call ``check_ranks_agree``.)
+        None. ``check_ranks_agree`` compares the layers of all ranks.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     >>> type(convert_sync_batchnorm(model)[1]).__name__
@@ -68,11 +76,12 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
     >>> type(revert_sync_batchnorm(model)[1]).__name__
     'BatchNorm1d'
     """
+    check_is_module(module)
     handle = GroupHandle(process_group)
     found: list[tuple[str, Any]] = [
-        (name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm | _LazyNormBase)
+        (name, layer) for name, layer in module.named_modules() if isinstance(layer, BatchNormBase | LazyNormBase)
     ]
-    # All or nothing: a model that is converted by half is no use to anybody.
+    # All or nothing: a half-converted model is of no use.
     for name, layer in found:
         if "forward" in layer.__dict__ and not isinstance(layer, SyncBatchNorm):
             raise TypeError(
@@ -88,14 +97,35 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
         if target is None:
             continue
         layer_handle = handle
-        if isinstance(layer, nn.SyncBatchNorm):
+        if isinstance(layer, nn.SyncBatchNorm):  # torch's own
             own = layer.__dict__.pop("process_group", None)
             layer_handle = handle if process_group is not None else GroupHandle(own)
         layer._group = layer_handle
         layer._layer_name = layer_name(name)
         layer._origin = _origin(_class(layer))
         _become(layer, target)
+    _warn_of_the_rest(module, len(found))
     return module
+
+
+SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)
+
+
+def _warn_of_the_rest(module: nn.Module, found: int) -> None:
+    rest = overlooked(module)
+    if rest:
+        warnings.warn(
+            f"convert_sync_batchnorm cannot reach these, which go on with the statistics of each rank alone: "
+            f"{', '.join(rest)}. Convert before scripting or tracing; derive a layer of another library from "
+            "nn.BatchNorm*d, or replace it.",
+            stacklevel=3,
+        )
+    elif not found:
+        warnings.warn(
+            f"convert_sync_batchnorm found no batch normalization in this {type(module).__name__}: nothing is "
+            "synchronized. (A call of F.batch_norm in a forward cannot be seen.)",
+            stacklevel=3,
+        )
 
 
 def revert_sync_batchnorm(module: M) -> M:
@@ -113,14 +143,12 @@ def revert_sync_batchnorm(module: M) -> M:
     Collectives:
         None.
     """
+    check_is_module(module)
     layers: list[Any] = list(module.modules())
     for layer in layers:
-        if isinstance(layer, nn.SyncBatchNorm):
-            layer.__dict__.pop("process_group", None)
-            _become(layer, LocalBatchNorm)
-        elif isinstance(layer, SyncBatchNorm):
+        if isinstance(layer, SyncBatchNorm):
             origin: Any = layer._origin or LocalBatchNorm
-            if isinstance(layer, LazySyncBatchNorm):
+            if isinstance(layer, LazyNormBase):
                 origin = _LAZY[origin]
             if layer._activation is not None:
                 origin = LocalBatchNorm
@@ -129,53 +157,15 @@ def revert_sync_batchnorm(module: M) -> M:
                 if name not in kept:
                     layer.__dict__.pop(name, None)
             _become(layer, origin)
+        elif isinstance(layer, nn.SyncBatchNorm):
+            layer.__dict__.pop("process_group", None)
+            _become(layer, LocalBatchNorm)
     return module
 
 
 def layer_name(name: str) -> str:
     """A module's qualified name without the parts that wrappers (DDP, torch.compile, ...) put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-class LocalBatchNorm(_BatchNorm):
-    """``activation(batch_norm(input) + residual)`` with this rank's own statistics, for ``(N, C, *)`` of any dimension.
-
-    What ``revert_sync_batchnorm`` makes of a layer that was built as a ``SyncBatchNorm``.
-    """
-
-    _activation: str | None = None
-
-    _remember: Any = SyncBatchNorm._remember
-
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
-        """Normalize, add, activate; shapes and mask as in ``SyncBatchNorm.forward``. Collectives: none."""
-        if mask is not None and (self.training or self.running_mean is None):
-            remembers = self.training and self.track_running_stats and self.running_mean is not None
-            if remembers and not torch.compiler.is_compiling():
-                remembers = not recomputing()
-            return functional.batch_norm(
-                input, None, None, self.weight, self.bias, residual, training=True, eps=self.eps, group=None,
-                activation=self._activation, remember=self._remember if remembers else None, local_momentum=None,
-                channels=self.num_features, check=self._check_input_dim, mask=mask,
-            )  # fmt: skip
-        y = super().forward(input)
-        if residual is not None:
-            y = y + residual
-        return F.relu(y) if self._activation == "relu" else y
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected an input of at least 2 dimensions (N, C, *), got {input.dim()}-D")
-
-
-class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
-    """A converted ``nn.LazyBatchNorm*d`` that has not seen its first input; then it becomes a ``SyncBatchNorm``."""
-
-    cls_to_become = SyncBatchNorm
-
-    def initialize_parameters(self, input: Tensor, residual: Tensor | None = None, *, mask: Any = None) -> None:
-        """Take ``num_features`` from the input."""
-        super().initialize_parameters(input)
 
 
 def _class(layer: nn.Module) -> Any:
@@ -208,7 +198,7 @@ def _with_top(top: Any, cls: Any) -> Any:
     return type(f"{prefix}{cls.__name__}", (*others, _with_top(below, cls)), body)
 
 
-def _origin(cls: Any) -> type[_BatchNorm] | None:
+def _origin(cls: Any) -> type[BatchNormBase] | None:
     if cls in (nn.SyncBatchNorm, LocalBatchNorm):
         return None
     return getattr(cls, "cls_to_become", cls)
@@ -222,12 +212,12 @@ def _synchronized_class(cls: Any, name: str) -> type[SyncBatchNorm] | None:
     """
     if issubclass(cls, SyncBatchNorm):
         return None
-    if cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, LocalBatchNorm):
+    if cls in (nn.SyncBatchNorm, LocalBatchNorm):
         return SyncBatchNorm
     if cls in _LAZY.values():
-        return LazySyncBatchNorm
-    if issubclass(cls, nn.SyncBatchNorm | _LazyNormBase):
-        if not issubclass(cls, nn.SyncBatchNorm) and not issubclass(cls, _BatchNorm):
+        return _subclass_of(cls)
+    if issubclass(cls, nn.SyncBatchNorm | LazyNormBase):
+        if not issubclass(cls, nn.SyncBatchNorm) and not issubclass(cls, BatchNormBase):
             return None  # a lazy instance norm
         raise TypeError(
             f"layer {name!r}: {cls.__name__} derives from {cls.__mro__[1].__name__}, and there is no synchronized "
@@ -240,21 +230,35 @@ def _synchronized_class(cls: Any, name: str) -> type[SyncBatchNorm] | None:
 def _subclass_of(cls: Any) -> type[SyncBatchNorm]:
     """``cls`` with SyncBatchNorm behind it: in its method order ``super().forward`` reaches ours."""
     body: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce_ex__": _reduce}
-    target: Any = type(f"Sync{cls.__name__}", (cls, SyncBatchNorm), body)
+    body["_converted_from"] = cls
+    name = f"Sync{cls.__name__}"
+    if cls in _LAZY:
+        name, body["__module__"], body["__doc__"] = (
+            SyncBatchNorm.__name__,
+            SyncBatchNorm.__module__,
+            SyncBatchNorm.__doc__,
+        )
+    elif cls in _LAZY.values():
+        body |= {"cls_to_become": _subclass_of(cls.cls_to_become), "initialize_parameters": _initialize_parameters}
+    target: Any = type(name, (cls, SyncBatchNorm), body)
     forwards = [
-        base.__dict__["forward"] for base in cls.__mro__[: cls.__mro__.index(_BatchNorm)] if "forward" in vars(base)
+        base.__dict__["forward"] for base in cls.__mro__[: cls.__mro__.index(BatchNormBase)] if "forward" in vars(base)
     ]
     if forwards:
         plain = all(_calls_super(forward) for forward in forwards)
         reason = "F.batch_norm called by a subclass is synchronized in eager mode only"
-        # Made here and not above, where it is needed by few: it imports the compiler.
+        # Made here and not at the top, since it imports the compiler and few need it.
         uncompiled: Any = None if plain else torch.compiler.disable(_forward_in_eager_mode, reason=reason)
 
         def forward(self: SyncBatchNorm, *args: Any, **kwargs: Any) -> Any:
+            if not args or not isinstance(args[0], Tensor):
+                node = tracing.leaf(self, type(self).forward is not forward, *args, **kwargs)
+                if node is not None:
+                    return node
             above = super(target, self).forward
             if not torch.compiler.is_compiling():
                 return _watched_forward(self, above, args, kwargs, _Watch() if plain else _Redirect(self))
-            if plain or not self.training or not must_synchronize_compiled(self._group.resolve()):
+            if plain or not self.training or not synchronizes(self._group.resolve()):
                 return above(*args, **kwargs)
             return uncompiled(self, above, args, kwargs)
 
@@ -277,7 +281,12 @@ def _new_converted(cls: Any) -> SyncBatchNorm:
 
 def _reduce(self: SyncBatchNorm, protocol: Any) -> tuple[Any, ...]:
     # The class was made here, so a pickle names the one it was made from.
-    return _new_converted, (self._origin,), self.__getstate__()
+    return _new_converted, (type(self)._converted_from,), self.__getstate__()
+
+
+def _initialize_parameters(self: Any, input: Tensor, residual: Tensor | None = None, *, mask: Any = None) -> None:
+    """Take ``num_features`` from the input, of a call as layers of ours have it."""
+    LazyNormBase.initialize_parameters(self, input)
 
 
 class _Watch(contextlib.nullcontext[None]):
@@ -321,18 +330,15 @@ class _Redirect(TorchFunctionMode):
         if not training or not same:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
-        def remember(moments: Moments | None) -> None:
-            if moments is not None and not recomputing():
-                update_running_stats(running_mean, running_var, moments, momentum)
-
-        output = functional.batch_norm(
+        running = Running(running_mean, running_var, momentum)
+        memory: Memory | None = running if layer._memory is None else layer._memory.of_own_call(running)
+        if not counts(layer, running_mean is not None):
+            memory = None
+        return functional.batch_norm(
             input, running_mean, running_var, weight, bias, None,
-            training=True, eps=eps, group=layer._group.resolve(), activation=None, remember=remember,
-            local_momentum=momentum, channels=layer.num_features or None, layer=layer._layer_name,
+            training=True, eps=eps, group=layer._group.resolve(), activation=None,
+            memory=memory, channels=layer.num_features or None, layer=layer._layer_name,
         )  # fmt: skip
-        if layer._on_normalized is not None:
-            layer._on_normalized(input, None)
-        return output
 
 
 def _watched_forward(
@@ -345,7 +351,7 @@ def _watched_forward(
     """The subclass's own forward, watched: its batch statistics are the global ones, or it raises."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     here = torch.device("cpu") if not tensors else tensors[0].device
-    if not self.training or not must_synchronize(link(self._group.resolve(), here)):
+    if not self.training or not must_synchronize(link_of(self._group.resolve(), here)):
         return forward(*args, **kwargs)
     self.__dict__["_watch"] = watch
     try:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn import autograd, comm, header, masked
+from syncbn import _torch, autograd, kernels, masked, wire
 from syncbn.autograd import GlobalMomentsFunction, Plan
-from syncbn.comm import Link
-from syncbn.groups import resolve_group
-from syncbn.header import Call, PeerLostError
-from syncbn.moments import Moments, Running
-from syncbn.recompute import unseen
+from syncbn.channels import compute_dtype
+from syncbn.checkpointing import unseen
+from syncbn.comm import Link, link_of, must_synchronize, synchronizes
+from syncbn.groups import group_device, notice_alone, resolve_group
+from syncbn.memory import Memory, Running
+from syncbn.moments import Moments
+from syncbn.together import tell
+from syncbn.wire import Call
 
 ACTIVATIONS = (None, "relu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -90,8 +93,7 @@ def sync_batch_norm(
         eps=eps,
         group=resolve_group(process_group),
         activation=activation,
-        remember=Running(running_mean, running_var, momentum),
-        local_momentum=momentum,
+        memory=Running(running_mean, running_var, momentum),
         check=_refuse_cumulative_average if momentum is None else None,
         mask=mask,
     )
@@ -128,17 +130,13 @@ def global_moments(
     (2.0, 2.0, 1.0)
     """
     group = resolve_group(process_group)
-    link = comm.link(group, input.device)
-    flags = header.INPUT_GRAD if torch.is_grad_enabled() and input.requires_grad else 0
-    error = _input_error(input, None) or (None if mask is None else masked.mask_error(input, mask))
+    link = link_of(group, _device_of(input, group))
+    flags = _gradient_flags(input, None, None)
+    error = _checked(lambda: _input_error(input, None) or _mask_error(input, mask))
     if error is not None:
-        _raise_together(error, link, Call(header.MOMENTS, "", flags), input, None)
-    plan = Plan(link, 0.0, flags=flags, kind=header.MOMENTS)
-    if mask is None:
-        mean, var, count = GlobalMomentsFunction.apply(input, plan)
-    else:
-        mean, var, count = masked.MaskedMomentsFunction.apply(input, mask, plan)
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        _raise_together(error, link, Call(wire.MOMENTS, "", flags), _channels_of(input, None))
+    mean, var, count = GlobalMomentsFunction.apply(input, mask, Plan(link, flags=flags))
+    dtype = compute_dtype(input)
     return count, mean.to(dtype), var.to(dtype)
 
 
@@ -154,115 +152,194 @@ def batch_norm(
     eps: float,
     group: Any,
     activation: str | None,
-    remember: Callable[[Moments | None], None] | None,
-    local_momentum: float | None,
+    memory: Memory | None,
     channels: int | None = None,
     layer: str = "",
     check: Callable[[Tensor], None] | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """What function and module share: checks, then the synchronized path or torch's own.
+    """What function and module share: checks, then one of four ways.
 
     Args:
-        remember: called once in a training forward, before the output is computed, with the global moments; or with
-            None where torch's own path has updated the running statistics. None: update nothing.
-        local_momentum: for torch's own path; None to give the batch's moments to ``remember`` there too.
+        memory: takes note of the batch in a training forward; None for nobody.
         channels: that the input must have; None to take it from the other tensors.
         layer: name for headers and errors.
         check: a further check of the input, which raises ValueError.
         Others as in ``sync_batch_norm``.
     """
-    per_channel = (running_mean, running_var, weight, bias)
-    if channels is None:
-        channels = next((t.numel() for t in per_channel if t is not None), None)
+    vectors = Vectors(running_mean, running_var, weight, bias)
     compiling = torch.compiler.is_compiling()
-    link = comm.link(group, input.device) if training and not compiling else None
-    flags = _gradient_flags(input, weight, bias)
-    error = _input_error(input, channels, check) or _argument_error(input, per_channel, residual, activation)
-    if mask is not None:
-        error = error or masked.mask_error(input, mask)
+    link = link_of(group if training and not compiling else None, _device_of(input, group))
+    call = Call(wire.FORWARD, layer, _gradient_flags(input, weight, bias))
+    if channels is None:
+        channels = next((t.numel() for t in vectors if t is not None), None)
+    error = _error(input, vectors, residual, mask, activation, eps, channels, check)
     if error is not None:
-        _raise_together(error, link, Call(header.FORWARD, layer, flags), input, channels)
-    measures = mask is not None and (training or running_mean is None or running_var is None)
-    synchronizes = training and compiling and comm.must_synchronize_compiled(group)
-    if compiling and (synchronizes or measures):
-        from syncbn import traced  # here, for it imports the compiler
+        _raise_together(error, link, call, _channels_of(input, channels))
 
-        return traced.batch_norm(
-            input, weight, bias, residual, eps=eps, relu=activation == "relu", group=group if synchronizes else None,
-            remember=remember, layer=layer, flags=flags, mask=mask,
-        )  # fmt: skip
-    if mask is not None and measures:
-        plan = Plan(link, eps, activation == "relu", remember, layer, flags)
-        return masked.sync_batch_norm(input, mask, weight, bias, residual, plan)
-    if training and not compiling and (comm.must_synchronize(link) or input.numel() == 0):
-        plan = Plan(link, eps, activation == "relu", remember, layer, flags)
-        return autograd.sync_batch_norm(input, weight, bias, residual, plan)
-    dtype, wide = input.dtype, _common_dtype(input, per_channel)
-    if wide is not None:
-        input, weight, bias = input.to(wide), _cast(weight, wide), _cast(bias, wide)
-    if training:
-        y = _local_training(input, running_mean, running_var, weight, bias, eps, remember, local_momentum, wide)
-    else:
-        batch_stats = running_mean is None or running_var is None
-        running_mean, running_var = _cast(running_mean, wide), _cast(running_var, wide)
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, batch_stats, 0.0, eps)
-    y = y.to(dtype)
+    relu = activation == "relu"
+    if not training and running_mean is not None and running_var is not None:
+        return _after(_evaluate(input, vectors, eps), residual, relu)
+    if not training:
+        group = memory = None
+    elif link.size == 1 and not synchronizes(group):
+        notice_alone(group)
+    if compiling:
+        if synchronizes(group) or mask is not None:
+            return _compiled(input, mask, weight, bias, residual, eps, relu, group, memory, call)
+    elif _torch.is_shadow(input) and (must_synchronize(link) or mask is not None or _collects(memory)):
+        return _after(_without_values(input, vectors, eps), residual, relu)
+    elif must_synchronize(link) or mask is not None or input.numel() == 0 or _is_ours(input):
+        plan = Plan(link, eps, relu, memory, layer, call.flags)
+        return _synchronized(input, mask, weight, bias, residual, plan)
+    return _after(_local(input, vectors, eps, memory), residual, relu)
+
+
+def _without_values(input: Tensor, vectors: Vectors, eps: float) -> Tensor:
+    """torch's batch norm of a tensor without values: shapes and memory, and nothing that remembers or communicates."""
+    wide = _common_dtype(input, vectors)
+    x = input if wide is None else input.to(wide)
+    weight, bias = _cast(vectors.weight, wide), _cast(vectors.bias, wide)
+    return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps).to(input.dtype)
+
+
+def _is_ours(input: Tensor) -> bool:
+    """Whether our kernels do without peers as well: they are quicker than torch's on a CPU, and more exact.
+
+    Not where somebody looks on, who knows torch's batch norm and not ours: transforms of torch.func, forward-mode
+    differentiation, modes that see operators, a trace.
+    """
+    return kernels.is_native(input) and _torch.plainly_eager()
+
+
+def _collects(memory: Memory | None) -> bool:
+    return memory is not None and memory.running is None
+
+
+class Vectors(NamedTuple):
+    """The tensors per channel that a batch norm has, each of shape ``(C,)`` or None."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def _after(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """What comes after torch's own batch norm."""
     if residual is not None:
         y = (y + residual).to(y.dtype)
-    return F.relu(y) if activation == "relu" else y
+    return F.relu(y) if relu else y
 
 
-def _local_training(
+def _evaluate(input: Tensor, vectors: Vectors, eps: float) -> Tensor:
+    """torch's batch norm with the running statistics."""
+    wide = _common_dtype(input, vectors)
+    x = input if wide is None else input.to(wide)
+    mean, var, weight, bias = (_cast(tensor, wide) for tensor in vectors)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps).to(input.dtype)
+
+
+def _synchronized(
+    input: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, plan: Plan
+) -> Tensor:
+    """Our kernels, with the statistics of all ranks; what goes wrong before the exchange is told to the others."""
+    link = plan.link
+    link.broke_off = False  # by an exchange before
+    before = link.exchanges
+    try:
+        autograd.refuse_tracing(plan, input)
+        return autograd.sync_batch_norm(input, mask, weight, bias, residual, plan)
+    except Exception as error:
+        if link.exchanges == before:
+            tell(error, link, plan.call(wire.FORWARD), 2 * input.shape[1] + 1)
+        raise
+
+
+def _compiled(
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     eps: float,
-    remember: Callable[[Moments | None], None] | None,
-    momentum: float | None,
-    wide: torch.dtype | None,
+    relu: bool,
+    group: Any,
+    memory: Memory | None,
+    call: Call,
 ) -> Tensor:
-    """torch's own batch norm for one rank: its values to the bit, except that running statistics stay finite.
+    """The synchronized path as formulas that a compiler can trace."""
+    from syncbn import compiled  # here, for it imports the compiler
 
-    ``wide``: the dtype for copies of the running statistics; None for their own.
-    """
-    if running_mean is None or running_var is None:
-        return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
-    if remember is None:  # copies, for torch saves them, and a checkpoint wants its second pass to save as much
-        with unseen():
-            copies = running_mean.to(wide, copy=True), running_var.to(wide, copy=True)
-        return F.batch_norm(input, *copies, weight, bias, True, 0.0, eps)
-    if momentum is None:
-        # Momentum 1 yields the batch's own mean and unbiased variance, for the policy to work with.
-        with unseen():
-            mean, var = torch.zeros_like(running_mean, dtype=wide), torch.zeros_like(running_var, dtype=wide)
-        y = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
-        with unseen():
-            count = torch.full((), input.numel() / input.shape[1], dtype=torch.float64, device=input.device)
-            remember(Moments(count, mean.double(), var.double() * (count - 1.0)))
-        return y
+    return compiled.batch_norm(
+        input, mask, weight, bias, residual, eps, relu, group if synchronizes(group) else None, memory, call
+    )
+
+
+def _local(input: Tensor, vectors: Vectors, eps: float, memory: Memory | None) -> Tensor:
+    """torch's own batch norm for one rank: its values to the bit, except that running statistics stay finite."""
+    wide = _common_dtype(input, vectors)
+    x = input if wide is None else input.to(wide)
+    weight, bias = _cast(vectors.weight, wide), _cast(vectors.bias, wide)
+    running = None if memory is None else memory.running
+    if memory is None or (running is not None and (running.mean is None or running.var is None)):
+        y = _without_statistics(x, vectors, weight, bias, eps, wide)
+    elif running is not None and running.momentum is not None:
+        y = _moving_statistics(x, running, weight, bias, eps, wide)
+    else:
+        y = _collecting_moments(x, input, memory, weight, bias, eps)
+    return y.to(input.dtype)
+
+
+def _without_statistics(
+    x: Tensor, vectors: Vectors, weight: Tensor | None, bias: Tensor | None, eps: float, wide: torch.dtype | None
+) -> Tensor:
+    if vectors.running_mean is None or vectors.running_var is None:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    with unseen():  # copies, for torch saves them, and a checkpoint wants its second pass to save as much
+        copies = vectors.running_mean.to(wide, copy=True), vectors.running_var.to(wide, copy=True)
+    return F.batch_norm(x, *copies, weight, bias, True, 0.0, eps)
+
+
+def _moving_statistics(
+    x: Tensor, running: Running, weight: Tensor | None, bias: Tensor | None, eps: float, wide: torch.dtype | None
+) -> Tensor:
+    assert running.mean is not None and running.var is not None and running.momentum is not None
     # On copies: torch saves the statistics for its backward, and they must not change after that.
     with unseen():
-        moved = running_mean.to(wide, copy=True), running_var.to(wide, copy=True)
-    y = F.batch_norm(input, *moved, weight, bias, True, momentum, eps)
+        moved = running.mean.to(wide, copy=True), running.var.to(wide, copy=True)
+    y = F.batch_norm(x, *moved, weight, bias, True, running.momentum, eps)
     with unseen():
-        may_read = input.device.type == "cpu" and not torch.compiler.is_compiling()
+        may_read = x.device.type == "cpu" and not torch.compiler.is_compiling() and _torch.plainly_eager()
         all_finite = may_read and math.isfinite(torch.add(*moved).sum().item())
         finite = None if all_finite else torch.isfinite(moved[0]) & torch.isfinite(moved[1])
-        for running, new in zip((running_mean, running_var), moved, strict=True):
-            running.copy_(new if finite is None else torch.where(finite, new, running))
-        remember(None)
+        for kept, new in zip((running.mean, running.var), moved, strict=True):
+            kept.copy_(new if finite is None else torch.where(finite, new, kept))
+        running.count()
     return y
 
 
-def _common_dtype(input: Tensor, per_channel: tuple[Tensor | None, ...]) -> torch.dtype | None:
+def _collecting_moments(
+    x: Tensor, input: Tensor, memory: Memory, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    channels = x.shape[1]
+    # Momentum 1 yields the batch's own mean and unbiased variance.
+    with unseen():
+        dtype = x.dtype if weight is None else weight.dtype
+        mean, var = (torch.zeros(channels, dtype=dtype, device=x.device) for _ in range(2))
+    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
+    with unseen():
+        count = torch.full((), x.numel() / channels, dtype=torch.float64, device=x.device)
+        memory.collect(Moments(count, mean.double(), var.double() * (count - 1.0)), input, None)
+    return y
+
+
+def _common_dtype(input: Tensor, vectors: Vectors) -> torch.dtype | None:
     """The dtype to compute in where torch's batch norm refuses this mixture, and the synchronized path does not.
 
     FSDP's mixed precision, for one, leaves running statistics in float32 beside bfloat16 parameters.
     """
-    dtypes = [tensor.dtype for tensor in per_channel if tensor is not None]
+    dtypes = [tensor.dtype for tensor in vectors if tensor is not None]
     least = torch.promote_types(input.dtype, torch.float32)
     if all(dtype == input.dtype for dtype in dtypes) or all(dtype == torch.float32 == least for dtype in dtypes):
         return None
@@ -275,21 +352,69 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return tensor if tensor is None or dtype is None else tensor.to(dtype)
 
 
-def _gradient_flags(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:
+def _gradient_flags(input: Any, weight: Tensor | None, bias: Tensor | None) -> int:
     """Which gradients this forward is to give: ranks that differ here would wait for each other in the backward."""
     if not torch.is_grad_enabled():
         return 0
-    flags = header.INPUT_GRAD if input.requires_grad else 0
-    if weight is not None and weight.requires_grad:
-        flags |= header.WEIGHT_GRAD
-    if bias is not None and bias.requires_grad:
-        flags |= header.BIAS_GRAD
+    flags = wire.INPUT_GRAD if isinstance(input, Tensor) and input.requires_grad else 0
+    if getattr(weight, "requires_grad", False):
+        flags |= wire.WEIGHT_GRAD
+    if getattr(bias, "requires_grad", False):
+        flags |= wire.BIAS_GRAD
     return flags
 
 
-def _input_error(
-    input: Tensor, channels: int | None, check: Callable[[Tensor], None] | None = None
-) -> ValueError | None:
+def _device_of(input: Any, group: Any) -> torch.device:
+    """Where the exchange is; also for an input that is none."""
+    return input.device if isinstance(input, Tensor) else group_device(group)
+
+
+def _channels_of(input: Any, channels: int | None) -> int:
+    """How wide the peers' messages are, as far as this rank can tell."""
+    if channels is not None:
+        return channels
+    return input.shape[1] if isinstance(input, Tensor) and input.layout is torch.strided and input.dim() > 1 else 0
+
+
+def _error(
+    input: Any,
+    vectors: Vectors,
+    residual: Any,
+    mask: Any,
+    activation: Any,
+    eps: Any,
+    channels: int | None,
+    check: Callable[[Tensor], None] | None,
+) -> Exception | None:
+    """What is wrong with the arguments of a layer; None if nothing is."""
+
+    if _torch.in_script_trace():  # comparing sizes would warn, and torch's own batch norm compares them
+        return None
+
+    def error() -> Exception | None:
+        return (
+            _input_error(input, channels, check)
+            or _argument_error(input, vectors, residual, activation, eps)
+            or _mask_error(input, mask)
+        )
+
+    return error() if torch.compiler.is_compiling() else _checked(error)
+
+
+def _checked(error: Callable[[], Exception | None]) -> Exception | None:
+    """What a check finds, or what it stumbles over: that is to be told to the peers as well."""
+    try:
+        return error()
+    except Exception as unforeseen:
+        return unforeseen
+
+
+def _input_error(input: Any, channels: int | None, check: Callable[[Tensor], None] | None = None) -> Exception | None:
+    if not isinstance(input, Tensor):
+        return TypeError(f"expected a tensor of shape (N, C, *) as input, got {type(input).__name__}: {input!r:.80}")
+    if input.layout is not torch.strided or input.is_nested:
+        kind = "nested" if input.is_nested else str(input.layout)
+        return TypeError(f"expected a dense tensor of shape (N, C, *) as input, got a {kind} one; convert it first")
     shape = tuple(input.shape)
     if input.dtype not in DTYPES:
         return ValueError(
@@ -311,20 +436,29 @@ def _input_error(
     return None
 
 
+def _mask_error(input: Tensor, mask: Any) -> Exception | None:
+    if not isinstance(mask, Tensor | None):
+        return TypeError(f"mask must be a boolean tensor or None, got {type(mask).__name__}")
+    return None if mask is None else masked.mask_error(input, mask)
+
+
 def _refuse_cumulative_average(_: Tensor) -> NoReturn:
     raise ValueError("momentum must be a number here, got None; the cumulative average is a matter of the module")
 
 
-def _argument_error(
-    input: Tensor, per_channel: tuple[Tensor | None, ...], residual: Tensor | None, activation: str | None
-) -> ValueError | None:
+def _argument_error(input: Tensor, vectors: Vectors, residual: Any, activation: Any, eps: Any) -> Exception | None:
     if activation not in ACTIVATIONS:
         return ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if not eps > 0:
+        return ValueError(f"eps must be a positive number, got {eps}")
+    if not isinstance(residual, Tensor | None):
+        return TypeError(f"residual must be a tensor of the input's shape or None, got {type(residual).__name__}")
     channels = input.shape[1]
-    names = ("running_mean", "running_var", "weight", "bias")
-    for name, tensor in zip(names, per_channel, strict=True):
+    for name, tensor in zip(vectors._fields, vectors, strict=True):
         if tensor is not None and tuple(tensor.shape) != (channels,):
             return ValueError(f"{name} must have shape ({channels},) for this input, got {tuple(tensor.shape)}")
+        if tensor is not None and not tensor.is_floating_point():
+            return ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}; {name}.float() is one")
     if residual is not None and (residual.shape != input.shape or not residual.is_floating_point()):
         return ValueError(
             f"residual must be a floating point tensor of the input's shape {tuple(input.shape)}, "
@@ -335,19 +469,12 @@ def _argument_error(
 
 def tell_peers(error: Exception, input: Tensor, group: Any, layer: str, channels: int) -> None:
     """Take part, in place of a forward that failed before it shared anything, so that no peer waits for this rank."""
-    link = comm.link(group, input.device)
-    if link is not None:
-        flags = _gradient_flags(input, None, None)
-        link.refuse(Call(header.FORWARD, layer, flags), f"{type(error).__name__}: {error}", 2 * channels + 1)
+    call = Call(wire.FORWARD, layer, _gradient_flags(input, None, None))
+    tell(error, link_of(group, input.device), call, 2 * channels + 1)
 
 
-def _raise_together(error: ValueError, link: Link | None, call: Call, input: Tensor, channels: int | None) -> NoReturn:
+def _raise_together(error: Exception, link: Link, call: Call, channels: int) -> NoReturn:
     """Raise this rank's own error, after telling the peers that would wait for it."""
-    if link is not None:
-        if channels is None:
-            channels = input.shape[1] if input.dim() > 1 else 0
-        try:
-            link.refuse(call, str(error), 2 * channels + 1)
-        except PeerLostError as lost:  # this rank's own error is what there is to mend
-            raise error from lost
+    link.broke_off = False  # by an exchange before
+    tell(error, link, call, 2 * channels + 1)
     raise error

@@ -5,9 +5,14 @@ The process group of torch.distributed is the only abstraction: every other form
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+from syncbn import _torch
 
 
 def resolve_group(process_group: Any) -> dist.ProcessGroup | None:
@@ -27,6 +32,11 @@ def resolve_group(process_group: Any) -> dist.ProcessGroup | None:
     """
     if process_group is None:
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if not dist.is_available():
+        raise ValueError(
+            f"process_group: this PyTorch was built without torch.distributed, so there are no groups; got "
+            f"{type(process_group).__name__}: {process_group!r:.80}. Leave it out"
+        )
     if isinstance(process_group, dist.ProcessGroup):
         group = process_group
     elif process_group is dist.GroupMember.NON_GROUP_MEMBER:
@@ -43,6 +53,33 @@ def resolve_group(process_group: Any) -> dist.ProcessGroup | None:
     if group.rank() < 0:
         raise ValueError(f"process_group: this rank is not a member of the group of size {group.size()}")
     return group
+
+
+_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_noticed = False
+
+
+@_torch.once_per_graph
+def notice_alone(group: Any) -> None:
+    """Warn, once in a process, if this forward has no peers though the job has more ranks and nobody named a group.
+
+    Args:
+        group: as resolved, over which the forward synchronizes with nobody.
+    """
+    global _noticed
+    if _noticed or (group is not None and group is not resolve_group(None)):
+        return
+    name = next((name for name in ("WORLD_SIZE", *_SIZES) if os.environ.get(name)), None)
+    if name is None or not os.environ[name].isdecimal() or int(os.environ[name]) < 2:
+        return
+    _noticed = True
+    why = "no process group was initialized" if group is None else "the default process group has one rank"
+    warnings.warn(
+        f"this process is one of {os.environ[name]} ({name}), and a synchronized layer has trained on its samples "
+        f"alone: {why}. Call torch.distributed.init_process_group() on every rank before the first training step; or "
+        "syncbn.revert_sync_batchnorm(model), if local statistics are meant. (Said once.)",
+        stacklevel=2,
+    )
 
 
 def _group_of_mesh(process_group: Any) -> dist.ProcessGroup:
@@ -80,6 +117,17 @@ def group_ranks(group: dist.ProcessGroup) -> list[int]:
         return dist.get_process_group_ranks(group)
     except (KeyError, ValueError, RuntimeError):
         return list(range(group.size()))
+
+
+def group_device(group: dist.ProcessGroup | None, device: torch.device | str | None = None) -> torch.device:
+    """The device over which the layers of a group exchange: as given, or CUDA where the group can, else the CPU."""
+    if device is not None:
+        return torch.device(device)
+    if group is not None and torch.cuda.is_available():
+        cuda = torch.device("cuda", torch.cuda.current_device())
+        if _torch.has_backend(group, cuda):
+            return cuda
+    return torch.device("cpu")
 
 
 class GroupHandle:
@@ -130,7 +178,7 @@ def _find_group(ranks: list[int]) -> dist.ProcessGroup:
     assert world is not None
     if group_ranks(world) == ranks:
         return world
-    for group in list(dist.distributed_c10d._world.pg_map):
+    for group in _torch.registered_groups():
         if group_ranks(group) == ranks:
             return group
     raise RuntimeError(

@@ -24,14 +24,18 @@ import importlib.util
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 WORKER = str(Path(__file__).with_name("_worker.py"))
 """The program that each rank runs. By path, so that a rank need not import torch to get there."""
+
+AGENT = str(Path(__file__).with_name("_agent.py"))
+"""The program that runs torchrun. By path, as there may be no installed package."""
 
 MALLOC = {
     # glibc gives freed blocks back to the system, and the next activation then faults its pages in one by one.
@@ -46,6 +50,12 @@ _SWITCHES = {"--standalone", "--no-python", "--run-path", "--virtual-local-rank"
 
 # Whoever gives one of these says where the ranks meet, so the launcher does not.
 _MEETING = ("standalone", "rdzv-backend", "rdzv-endpoint", "master-addr", "master-port", "node-rank")
+
+# What people call the number of ranks elsewhere; torchrun and mpiexec would say less about them.
+_OTHER_COUNTS = {"-np", "--np", "--ranks", "--num-ranks", "--nranks", "--nprocs", "--num-procs", "--world-size"}
+
+# What torchrun takes for the number of ranks, besides numbers.
+_COUNTS = ("auto", "cpu", "gpu", "xpu")
 
 # Where MPIs look for a host file that no option names.
 _HOST_FILES = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "HYDRA_HOST_FILE")
@@ -143,9 +153,32 @@ def parse(argv: Sequence[str]) -> Request:
         fail(f"-n must be at least 1, got {count}")
     if options.engine == "mpi" and count is not None and not count.isdecimal():
         fail(f"with --engine mpi, -n must be the number of ranks, got {count!r}")
+    if count is not None and not count.isdecimal() and count not in _COUNTS:
+        fail(f"-n must be a number of ranks, or one of {', '.join(_COUNTS)}; got {count!r}")
+    if not (os.environ.get("SYNCBN_PIN") or "0").isdecimal():
+        fail(f"SYNCBN_PIN must be a number of cores per rank (0: do not pin), got {os.environ['SYNCBN_PIN']!r}")
     request = Request(options, passed, rest)
+    _check_meeting(request)
     _check_command(request)
     return request
+
+
+def _check_meeting(request: Request) -> None:
+    """Whether the port at which the ranks of one host are to meet is free, if somebody chose one."""
+    option = "MASTER_PORT" if request.options.engine == "mpi" else "--master-port"
+    port = os.environ.get(option) if request.options.engine == "mpi" else request.value("master-port")
+    if not port or request.value("nnodes") not in (None, "1", "1:1") or request.options.engine == "slurm":
+        return
+    if not port.isdecimal() or not 0 <= int(port) < 65536:
+        fail(f"{option} must be a port below 65536, got {port!r}")
+    if request.options.dry_run or (request.options.engine == "mpi" and _several_hosts(request)):
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            fail(f"port {port} ({option}) cannot be used here: {error.strerror}. Choose another, or leave it out")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -203,6 +236,8 @@ def _divide(argv: Sequence[str], known: Mapping[str, bool]) -> tuple[list[str], 
             continue
         if plain or word in ("-m", "--module"):
             return ours, passed, list(argv[i:])
+        if _key(word) in _OTHER_COUNTS or (word.startswith("-np") and word[3:].isdecimal()):
+            fail(f"{word}: the number of ranks is given by -n, as in -n 2")
         own = word.partition("=")[0] in known or (word.startswith("-n") and word[2:].isdecimal())
         alone = "=" in word or known.get(word, own) or _key(word) in _SWITCHES
         # A new switch of the engine is not in our list: a script that exists is never the value of an option.
@@ -226,18 +261,40 @@ def _check_command(request: Request) -> None:
     if len(command) == 1:
         fail("-m needs the name of a module")
     command[0] = "-m"
-    if not (Path.cwd() / command[1].partition(".")[0]).is_dir() and not _found(command[1]):
-        fail(f"module {command[1]!r} does not exist (looked in {os.getcwd()} and the installed packages)")
+    missing = _missing(command[1])
+    if missing is not None:
+        where, _, last = missing.rpartition(".")
+        looked = f"{where!r} has no {last!r}" if where else f"looked in {os.getcwd()} and the installed packages"
+        fail(f"module {command[1]!r} does not exist ({looked})")
 
 
-def _found(module: str) -> bool:
-    """Whether the module's top-level package can be imported from the working directory."""
-    top = module.partition(".")[0]
+def _missing(module: str) -> str | None:
+    """The first part of a module's dotted name that cannot be found from the working directory. Imports nothing."""
+    name, path = "", None
+    parts = module.split(".")
+    for part in parts:
+        name = f"{name}.{part}".lstrip(".")
+        spec = _spec(name, path)
+        if spec is None:
+            return name
+        path = spec.submodule_search_locations
+        if path is None:  # a module: what comes below it, Python will tell
+            return None if name == module else f"{name}.{parts[name.count('.') + 1]}"
+    return None if _spec(f"{name}.__main__", path) else f"{name}.__main__"
+
+
+def _spec(name: str, path: Any) -> Any:
+    """Where a module is, in the folders of the package around it (None: from the working directory on)."""
     sys.path.insert(0, os.getcwd())
     try:
-        return importlib.util.find_spec(top) is not None
+        found = (finder.find_spec(name, path) for finder in sys.meta_path)
+        return next((spec for spec in found if spec is not None), None)
+    except KeyError:  # a namespace within one: its folders would be asked of modules that are not imported
+        folders = [str(Path(folder, name.rpartition(".")[2])) for folder in path]
+        folders = [folder for folder in folders if Path(folder).is_dir()]
+        return argparse.Namespace(submodule_search_locations=folders) if folders else None
     except (ImportError, ValueError):
-        return False
+        return None
     finally:
         del sys.path[0]
 
@@ -270,14 +327,14 @@ def _rank_command(request: Request, *options: str) -> list[str]:
 def _torchrun(request: Request) -> list[str]:
     meeting: list[str] = []
     if request.value("nnodes") in (None, "1", "1:1") and not any(request.value(name) is not None for name in _MEETING):
-        # Ports that the system chooses, so that jobs on one host do not collide; and an address that needs no name.
-        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        # A port that the system chooses, so that jobs on one host do not collide; and an address that needs no name.
+        meeting = ["--rdzv-backend", "one_host", "--rdzv-endpoint", "127.0.0.1:0"]
         if request.value("local-addr") is None:
             meeting += ["--local-addr", "127.0.0.1"]
     count = request.options.nproc_per_node
     ranks = [] if count is None else ["--nproc-per-node", count]
     body = request.command if request.value("no-python") is not None else _rank_command(request)
-    return [sys.executable, "-m", "torch.distributed.run", *meeting, *ranks, *request.passed, *body]
+    return [sys.executable, AGENT, *meeting, *ranks, *request.passed, *body]
 
 
 def _mpi(request: Request) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from syncbn.moments import Moments, merge, unpack, unpack_raw
@@ -46,15 +47,37 @@ class Shared(NamedTuple):
     parts: Tensor
     raw: bool
 
+    def on(self, device: torch.device) -> Shared:
+        """The same on a device."""
+        return self if self.parts.device == device else Shared(self.parts.to(device), self.raw)
+
     def sum(self) -> Tensor:
-        """The sum over ranks, shape ``(width,)``: added in rank order, a new tensor, equal in bits on all ranks."""
+        """The sum over ranks, shape ``(width,)``, added in rank order: equal in bits on all ranks. Perhaps a view."""
+        if len(self.parts) == 1:
+            return self.parts[0]
         total = self.parts[0].clone()
         for part in self.parts[1:]:
             total += part
         return total
 
     def moments(self) -> Moments:
-        """The moments of the global batch: new tensors, equal in bits on all ranks."""
-        if self.raw:
-            return unpack_raw(self.parts[0] if len(self.parts) == 1 else self.sum())
-        return merge([unpack(part) for part in self.parts.unbind()])
+        """The moments of the global batch, equal in bits on all ranks. Perhaps views."""
+        return unpack_raw(self.sum()) if self.raw else merge([unpack(part) for part in self.parts.unbind()])
+
+
+def fill(message: Message, payload: Tensor) -> None:
+    """Write a payload into a message, and what goes around it where the kernel writes that too."""
+    message.payload.copy_(payload)
+    if message.number:
+        write_around(message)
+
+
+def write_around(message: Message) -> None:
+    """Write the slots in front of a message's payload, and the zeros behind it."""
+    payload, whole = message.payload, message.whole
+    start = payload.storage_offset() - whole.storage_offset()
+    broken = (~torch.isfinite(payload.sum())).double()
+    whole[:start].zero_()
+    whole[start + payload.numel() :].zero_()
+    for slot, value in ((0, message.tag), (1, message.tag**2), (4, broken), (5, broken * message.number)):
+        whole[slot] = value

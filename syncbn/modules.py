@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NoReturn
 
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
-from syncbn import functional
+from syncbn import _torch, functional, tracing
+from syncbn._torch import BatchNormBase
+from syncbn.checkpointing import counts
 from syncbn.groups import GroupHandle
-from syncbn.moments import Moments, Running
-from syncbn.recompute import recomputing
+from syncbn.memory import Memory, Running
+
+OTHER_CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model")
+"""What the functions are called that put other libraries' layers in the place of all batch norm that they meet."""
 
 
 class _Attribute:
@@ -37,7 +41,7 @@ class _Attribute:
         layer.__dict__[name] = value
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(nn.SyncBatchNorm):
     """Batch normalization over the global mini-batch: all ranks of a process group normalize alike.
 
     Per channel, with n, mean and (biased) var over the inputs of all ranks::
@@ -48,7 +52,8 @@ class SyncBatchNorm(_BatchNorm):
 
     A drop-in for ``torch.nn.SyncBatchNorm`` on any device and backend: the keys and shapes of its ``state_dict`` are
     those of ``torch.nn.BatchNorm*d``, both ways. Without a process group, or in one of one rank, it is
-    ``torch.nn.BatchNorm``. Running statistics are equal on all ranks of the group, bit for bit.
+    ``torch.nn.BatchNorm``. Running statistics are equal on all ranks of the group, bit for bit. It is a subclass of
+    ``torch.nn.SyncBatchNorm``, for code that asks for that, and DistributedDataParallel takes it on CPUs as well.
 
     N ranks train like one process with the whole batch. If ranks bring different numbers of samples, this needs the
     loss ``sum over the rank's samples * W / n_global`` under DDP's averaging: local mean losses give another gradient.
@@ -90,9 +95,9 @@ class SyncBatchNorm(_BatchNorm):
     _activation: str | None = None
     _layer_name: str = ""
     _group = GroupHandle()
-    _origin: type[_BatchNorm] | None = None  # the class it was converted from
-    _on_normalized: Callable[[Tensor, Tensor | None], None] | None = None  # told what was normalized: see population
-    _collect: Callable[[Moments | None], None] | None = None  # takes the moments: see accumulation
+    _origin: type[BatchNormBase] | None = None  # the class it was converted from
+    _converted_from: type[nn.Module] | None = None  # the same, of the class: of a lazy layer this is the lazy one
+    _memory: Memory | None = None  # remembers in place of the running statistics: see accumulation, population
 
     def __init__(
         self,
@@ -108,17 +113,21 @@ class SyncBatchNorm(_BatchNorm):
         bias: bool = True,
         activation: str | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:  # (torch's own batch norms have the argument from torch 2.12 on)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, process_group, device=device, dtype=dtype
+        )
+        if not bias:  # an argument of torch's own batch norms from torch 2.12 on
             self.register_parameter("bias", None)
         if activation not in functional.ACTIVATIONS:
             raise ValueError(f"activation must be one of {functional.ACTIVATIONS}, got {activation!r}")
-        self.process_group = process_group
         self.activation = activation
+
+    convert_sync_batchnorm: ClassVar[Callable[..., Any]]
+    """``syncbn.convert_sync_batchnorm``, where ``torch.nn.SyncBatchNorm`` has its own: a script changes one import."""
 
     def reset_parameters(self) -> None:
         """Set the running statistics, weight and bias to what they were at first."""
-        if self.affine and self._parameters["bias"] is None:  # (torch 2.11 takes it for granted that there is a bias)
+        if self.affine and self._parameters["bias"] is None:  # torch 2.11 takes it for granted that there is a bias
             self.reset_running_stats()
             torch.nn.init.ones_(self.weight)
         else:
@@ -155,14 +164,16 @@ class SyncBatchNorm(_BatchNorm):
         Collectives:
             In training one exchange of 2C+1 float64, and one of 2C in backward; none in eval mode.
         """
+        if not isinstance(input, Tensor):
+            known = type(self).forward is SyncBatchNorm.forward  # type: ignore[unreachable]
+            node = tracing.leaf(self, not known, input, residual, mask=mask)
+            if node is not None:
+                return node
         return self._normalize(input, residual, mask)
 
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None = None) -> Tensor:
         uses_running = self.track_running_stats or not self.training  # as in PyTorch
-        remembers = self.training and uses_running and self.running_mean is not None
-        if remembers and not torch.compiler.is_compiling():  # (a compiler sees to its own recomputations)
-            remembers = not recomputing()
-        output = functional.batch_norm(
+        return functional.batch_norm(
             input,
             self.running_mean if uses_running else None,
             self.running_var if uses_running else None,
@@ -173,27 +184,72 @@ class SyncBatchNorm(_BatchNorm):
             eps=self.eps,
             group=self._group.resolve(),
             activation=self._activation,
-            remember=None if not remembers else self._remember if self._collect is None else self._collect,
-            local_momentum=self.momentum if self._collect is None else None,
+            memory=memory_of(self) if self.training else None,
             channels=self.num_features or None,  # a lazy layer that loaded a state_dict never learns its number
             layer=self._layer_name,
             check=self._check_input_dim,
             mask=mask,
         )
-        if self._on_normalized is not None:
-            self._on_normalized(input, mask)
-        return output
-
-    @property
-    def _remember(self) -> Running:
-        """Called with the moments of a batch: counts it, and moves the running statistics."""
-        return Running(self.running_mean, self.running_var, self.momentum, self.num_batches_tracked)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        # A converted BatchNorm2d goes on refusing what is not 4-D.
-        if self._origin is not None:
-            self._origin._check_input_dim(self, input)
+        """Any dimension will do. (A converted ``nn.BatchNorm2d`` has its own check, and refuses what is not 4-D.)"""
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module; but DistributedDataParallel, which refuses torch's own layer on CPUs, is not shown this."""
+        return iter(()) if _torch.ddp_looks_for_sync_batchnorm() else super().named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module.
+
+        Raises:
+            RuntimeError: to a converter of another library, which would put a layer of its own in this one's place.
+        """
+        refuse_other_converters(self)
+        return super().named_children()
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """torch.jit.script asks for it: raises RuntimeError."""
+        tracing.refuse_script(self)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
         return text if self._activation is None else f"{text}, activation={self._activation!r}"
+
+
+def refuse_other_converters(layer: Any) -> None:
+    """Raise RuntimeError where the caller's caller is another library's converter: what it makes would lose the rest.
+
+    Args:
+        layer: whose children are asked for, which is what converters do with every module that they meet.
+    """
+    caller = sys._getframe(2)
+    if caller.f_code.co_name in OTHER_CONVERTERS:
+        name = f" {layer._layer_name!r}" if layer._layer_name else ""
+        raise RuntimeError(
+            f"{caller.f_code.co_name} of {caller.f_code.co_filename} met the layer{name} of syncbn, and would put "
+            "another in its place, without its process group, its activation and what its class does. Leave out what "
+            "calls it (Trainer(sync_batchnorm=True), --sync-bn), or call syncbn.revert_sync_batchnorm(model) first."
+        )
+
+
+def memory_of(layer: Any) -> Memory | None:
+    """What is to remember a training forward of a layer; nothing where a checkpoint runs it again.
+
+    Args:
+        layer: with the state of a batch norm.
+    """
+    tracked = layer.track_running_stats
+    if layer.running_mean is None:
+        return None
+    if torch.compiler.is_compiling():  # a compiler sees to its own recomputations
+        if not tracked:
+            return None
+    elif not counts(layer, tracked):
+        return None
+    own = getattr(layer, "_memory", None)
+    return running_statistics(layer) if own is None else own
+
+
+def running_statistics(layer: Any) -> Running:
+    """A layer's running statistics, and how a batch moves them."""
+    return Running(layer.running_mean, layer.running_var, layer.momentum, layer.num_batches_tracked)

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -84,20 +83,20 @@ def unpack_raw(packed: Tensor) -> Moments:
     """
     count, total, squares = unpack(packed)[:3]
     mean = total / count.clamp(min=1.0)
-    # (clamp would turn NaN into NaN as well: non-finite statistics stay visible.)
+    # clamp would turn NaN into NaN as well: non-finite statistics stay visible
     m2 = torch.addcmul(squares, mean, total, value=-1.0).clamp_(min=0.0)
-    return Moments(count.clone(), mean, m2)
+    return Moments(count, mean, m2)
 
 
 def merge(parts: Sequence[Moments]) -> Moments:
     """The moments of the union of ``parts``, merged in the order given (so equal on all ranks, bit for bit).
 
     Returns:
-        New tensors, also for a single part: parts may lie in a buffer that the next exchange overwrites.
+        New tensors, but for a single part, which is returned itself.
     """
-    n, mean, m2 = parts[0][:3]
     if len(parts) == 1:
-        return Moments(n.clone(), mean.clone(), m2.clone())
+        return parts[0]
+    _, mean, m2 = parts[0][:3]
     # Numbers instead of 0-dim tensors, where they may be read: fewer calls.
     counts = [part.n.item() if _may_read(mean) else part.n for part in parts]
     total = counts[0]
@@ -125,84 +124,5 @@ def _at_least_one(count: Any) -> Any:
 
 
 def _may_read(tensor: Tensor) -> bool:
-    """Whether reading a value costs nothing: on a CPU."""
-    return tensor.device.type == "cpu"
-
-
-def update_running_stats(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    moments: Moments,
-    momentum: float | Tensor,
-) -> None:
-    """Move the running statistics towards those of a batch, in place::
-
-        running_mean <- (1 - momentum) * running_mean + momentum * mean
-        running_var  <- (1 - momentum) * running_var  + momentum * m2 / (n - 1)
-
-    An empty batch changes nothing. A channel whose batch statistics are not finite, or not in the dtype of the running
-    ones, keeps its last values.
-
-    Args:
-        running_mean, running_var: shape ``(C,)``, any float dtype, or None to skip.
-        moments: of the global batch.
-        momentum: weight of the new observation, as in PyTorch; a number or a 0-dim tensor.
-    """
-    if running_mean is None or running_var is None:
-        return
-    mean, var = moments.mean, moments.unbiased_var
-    if moments.size == 0:
-        return
-    keep = None
-    if moments.bound is None or not moments.bound < torch.finfo(running_var.dtype).max:
-        rounded = mean.to(running_mean.dtype), var.to(running_var.dtype)
-        keep = ~(torch.isfinite(rounded[0]) & torch.isfinite(rounded[1]) & (moments.n > 0))
-    for running, batch in ((running_mean, mean), (running_var, var)):
-        if keep is not None:
-            batch = torch.where(keep, running.to(batch.dtype), batch)
-        _lerp_(running, batch, momentum)
-
-
-@dataclass  # (neither frozen nor with slots, which the compiler of torch 2.12 cannot look into)
-class Running:
-    """The running statistics of a layer, and how the moments of a batch move them: as data, for a kernel to carry out.
-
-    Attributes:
-        mean, var: shape ``(C,)``, any float dtype, or None for none.
-        momentum: weight of the new observation; None for the average over all batches that were counted.
-        batches: their number, a 0-dim integer tensor, or None where nobody counts.
-    """
-
-    mean: Tensor | None
-    var: Tensor | None
-    momentum: float | None
-    batches: Tensor | None = None
-
-    def __call__(self, moments: Moments | None) -> None:
-        """Count a batch, and move the statistics; with None they have been moved already. An empty batch is none."""
-        if self.batches is not None:
-            counts: Tensor | int = 1
-            if moments is not None and moments.size is not None:
-                counts = 1 if moments.size > 0 else 0
-            elif moments is not None:
-                counts = moments.n > 0  # reading the count would wait
-            self.batches.add_(counts)
-        if moments is not None:
-            update_running_stats(self.mean, self.var, moments, self._weight())
-
-    def _weight(self) -> float | Tensor:
-        if self.momentum is not None:
-            return self.momentum
-        return 0.0 if self.batches is None else self.batches.clamp(min=1).double().reciprocal_()
-
-
-def _lerp_(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    """``running += momentum * (batch - running)``, at least in float32 (half would drop small updates)."""
-    if running.dtype in (torch.float32, torch.float64):
-        if isinstance(momentum, Tensor):
-            momentum = momentum.to(running.dtype)
-        running.lerp_(batch.to(running.dtype), momentum)
-    else:
-        if isinstance(momentum, Tensor):
-            momentum = momentum.to(batch.dtype)
-        running.copy_(running.to(batch.dtype).lerp_(batch, momentum))
+    """Whether reading a value costs nothing: on a CPU, where the tensor has values."""
+    return tensor.is_cpu and type(tensor) is Tensor

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import sys
-import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,17 +27,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from syncbn import comm, groups, kernels, moments, uneven
-from syncbn.comm import Link
-from syncbn.convert import LocalBatchNorm, layer_name
-from syncbn.header import POPULATION, Call, PeerLostError
+from syncbn import kernels, moments, uneven
+from syncbn._torch import BatchNormBase, is_lazy
+from syncbn.comm import Link, link_of
+from syncbn.convert import layer_name
+from syncbn.dry_run import check_is_module, dry_run, first_batches, run_on_batch
+from syncbn.groups import group_device, resolve_group
+from syncbn.local import LocalBatchNorm
+from syncbn.memory import Memory, Running
 from syncbn.modules import SyncBatchNorm
 from syncbn.moments import Moments
-from syncbn.steps import group_device
+from syncbn.together import telling
+from syncbn.wire import POPULATION, Call
 
 _PIECE = 1 << 22  # values that are converted to float64 at a time
 
@@ -100,30 +103,32 @@ def update_population_stats(
     >>> model[0].running_mean, model[0].running_var
     (tensor([5.]), tensor([11.5000]))
     """
-    group = groups.resolve_group(process_group)
+    group = resolve_group(process_group)
     layers = _tracking_layers(model)
-    where = group_device(group, next((layer.running_mean.device for layer in layers.values()), None))
-    link = comm.link(group, where)
-    with _told_to_peers(link, layers):
+    where = group_device(group, _device(model, layers))
+    link = link_of(group, where)
+    call = _call(layers)
+    with telling(link, call, 2, "update_population_stats"):
         _check(model, layers, num_batches)
-        if link is not None:
-            link.sum(torch.ones(2, dtype=torch.float64, device=where), _call(layers))
-            link.settle()
-        steps = uneven.joined(_first(batches, num_batches), process_group=group, device=where, count=lambda _: 1)
+        if isinstance(batches, str | os.PathLike):
+            raise TypeError(f"batches must be an iterable of batches, got {batches!r:.80}; load the file first")
+        link.sum(torch.ones(2, dtype=torch.float64, device=where), call)
+        link.settle()
+        steps = uneven.joined(first_batches(batches, num_batches), process_group=group, device=where, count=lambda _: 1)
         observers = [_Observer(layer) for layer in layers.values()]
-        with _as_before(model, layers.values()), _eager(), _observing(observers), torch.no_grad():
-            taken = 0
-            show = progress and (link is None or link.rank == 0)
+        taken = 0
+        show = progress and link.rank == 0
+        with dry_run(model, trains=_is_batch_norm), _observing(observers):
             for step in _shown(steps, _length(batches, num_batches)) if show else steps:
                 with contextlib.nullcontext() if step.count else uneven.empty_views():
-                    (forward or _forward)(model, step.data)
+                    (forward or run_on_batch)(model, step.data)
                 taken += 1
-        used, merged = _merge(observers, link, _call(layers), where)
+        used, merged = _merge(observers, link, call, where)
     # From here on all is decided from numbers that all ranks share.
     if taken == 0 or (used and not any(part.n.item() for part in merged)):
         raise ValueError(
             f"update_population_stats: {f'only empty batches in {taken} step(s)' if taken else 'no batch'} on any of "
-            f"the {1 if link is None else link.size} rank(s), so there are no statistics; is an iterator used up, or "
+            f"the {link.size} rank(s), so there are no statistics; is an iterator used up, or "
             "the share of each rank smaller than a batch that is dropped?"
         )
     _write(layers, merged)
@@ -133,19 +138,32 @@ def _tracking_layers(model: nn.Module) -> dict[str, Any]:
     """The batch norm layers to update, by their qualified names."""
     return {
         layer_name(name): layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm)
-        and layer.training
-        and layer.track_running_stats
-        and layer.running_mean is not None
+        for name, layer in _named_modules(model)
+        if _is_batch_norm(layer) and layer.training and layer.track_running_stats and layer.running_mean is not None
     }
 
 
+def _named_modules(model: Any) -> Iterator[tuple[str, Any]]:
+    """Those of a module; of anything else none, for that error is to be told to the peers first."""
+    return model.named_modules() if isinstance(model, nn.Module) else iter(())
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, BatchNormBase)
+
+
+def _device(model: Any, layers: Mapping[str, Any]) -> torch.device | None:
+    """That of the layers; if there are none to update, of the others: over it the peers are told of that."""
+    every = itertools.chain(layers.values(), (layer for _, layer in _named_modules(model) if _is_batch_norm(layer)))
+    return next((layer.running_mean.device for layer in every if layer.running_mean is not None), None)
+
+
 def _check(model: nn.Module, layers: Mapping[str, Any], num_batches: int | None) -> None:
+    check_is_module(model)
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, or None for all batches, got {num_batches}")
     if not layers:
-        every = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+        every = [layer for layer in model.modules() if isinstance(layer, BatchNormBase)]
         raise ValueError(
             f"update_population_stats: of {len(every)} batch norm layer(s) in this {type(model).__name__}, "
             f"{sum(layer.training for layer in every)} in training mode, none is in training mode and tracks running "
@@ -166,76 +184,6 @@ def _call(layers: Mapping[str, Any]) -> Call:
     return Call(POPULATION, f"{len(layers)} layers, {names[0]!r} to {names[-1]!r}, digest {zlib.crc32(text.encode())}")
 
 
-@contextlib.contextmanager
-def _told_to_peers(link: Link | None, layers: Mapping[str, Any]) -> Iterator[None]:
-    """An error within it is told to the other ranks, wherever they wait for this one, unless they know of it."""
-    if link is not None:
-        link.broke_off = False  # by an exchange before this call: what happens here nobody knows of yet
-    try:
-        yield
-    except Exception as error:
-        # What a layer raises it has told already, over the link of its own group, which mostly is this one.
-        if link is not None and not link.broke_off:
-            with contextlib.suppress(PeerLostError):  # this rank's own error is what there is to mend
-                link.refuse(_call(layers), f"update_population_stats: {type(error).__name__}: {error}", 2)
-        raise
-
-
-@contextlib.contextmanager
-def _as_before(model: nn.Module, layers: Iterable[Any]) -> Iterator[None]:
-    """Batch norm stays in the mode it has, all else is in eval mode; in the end all is as it was, random numbers too.
-
-    In eval mode other modules leave their state alone as well: spectral norms, codebooks, averages.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        buffer
-        for layer in layers
-        for buffer in (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-        if buffer is not None
-    ]
-    values = [buffer.clone() for buffer in buffers]
-    devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
-    try:
-        generators = torch.random.fork_rng([device for device in devices if device.type == "cuda"])
-        with generators, uneven.without_broadcasts(model):
-            for module, _ in modes:  # not by module.eval(): some classes do more in it, or less
-                if not isinstance(module, _BatchNorm):
-                    module.training = False
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, value in zip(buffers, values, strict=True):
-                buffer.copy_(value)
-
-
-_eager_lock = threading.Lock()
-_eager_stances: list[Any] = []
-
-
-@contextlib.contextmanager
-def _eager() -> Iterator[None]:
-    """Compiled modules run in eager mode: a graph that was compiled before would not let anyone look at its inputs.
-
-    The stance is that of the process, and ranks may be threads of one: the first sets it, the last takes it back.
-    """
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled
-        yield
-        return
-    with _eager_lock:
-        _eager_stances.append(None if _eager_stances else torch.compiler.set_stance("force_eager"))
-    try:
-        yield
-    finally:
-        with _eager_lock:
-            first = _eager_stances[0]
-            _eager_stances.pop()
-            if not _eager_stances:
-                first.__exit__(None, None, None)
-
-
 class _Observer:
     """Merges the moments of all that one layer normalizes on this rank."""
 
@@ -244,6 +192,16 @@ class _Observer:
         self.uses = 0
         zeros = torch.zeros(layer.num_features, dtype=torch.float64, device=layer.running_mean.device)
         self.moments = Moments(zeros.new_zeros(()), zeros, zeros)
+
+    running = None
+
+    def of_own_call(self, running: Running) -> Memory:
+        """A subclass that calls ``F.batch_norm`` itself is observed as well."""
+        return self
+
+    def collect(self, total: Moments, x: Tensor, mask: Tensor | None) -> None:
+        """Take in what the layer normalizes on this rank."""
+        self.see(x, mask)
 
     def see(self, input: Tensor, mask: Tensor | None = None) -> None:
         """Take in a batch of shape ``(N, C, *)``, of which the values at the positions of the mask count."""
@@ -298,8 +256,7 @@ def _observing(observers: Sequence[_Observer]) -> Iterator[None]:
         others = []
         for observer in observers:
             if isinstance(observer.layer, SyncBatchNorm):
-                observer.layer._on_normalized = observer.see
-                stack.callback(observer.layer.__dict__.pop, "_on_normalized")
+                stack.enter_context(_remembering(observer))
                 others.append(observer)  # on one rank a subclass's own F.batch_norm is not redirected
             elif isinstance(observer.layer, nn.SyncBatchNorm | LocalBatchNorm):  # not always by F.batch_norm
                 stack.enter_context(_hooked(observer))
@@ -309,25 +266,25 @@ def _observing(observers: Sequence[_Observer]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _remembering(observer: _Observer) -> Iterator[None]:
+    """Within it, a layer's batches go to its observer, and not to what else remembers them."""
+    attributes = observer.layer.__dict__
+    before = attributes.get("_memory")
+    attributes["_memory"] = observer
+    try:
+        yield
+    finally:
+        del attributes["_memory"]  # not set to None: a compiler looks whether it is there
+        if before is not None:
+            attributes["_memory"] = before
+
+
 def _hooked(observer: _Observer) -> Any:
     def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         observer.see(args[0] if args else kwargs["input"], kwargs.get("mask"))
 
     return observer.layer.register_forward_hook(see, with_kwargs=True)
-
-
-def _first(batches: Iterable[Any], num_batches: int | None) -> Iterator[Any]:
-    yield from itertools.islice(batches, num_batches)
-
-
-def _forward(model: nn.Module, batch: Any) -> object:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        if not batch:
-            raise ValueError("update_population_stats: a batch is an empty sequence; its first entry is the input")
-        return model(batch[0])
-    return model(batch)
 
 
 def _length(batches: Any, num_batches: int | None) -> int | None:
@@ -351,9 +308,7 @@ def _shown(steps: Iterator[Any], total: int | None) -> Iterator[Any]:
         yield from tqdm(steps, "population statistics", total, unit="batch")
 
 
-def _merge(
-    observers: Sequence[_Observer], link: Link | None, call: Call, where: torch.device
-) -> tuple[float, list[Moments]]:
+def _merge(observers: Sequence[_Observer], link: Link, call: Call, where: torch.device) -> tuple[float, list[Moments]]:
     """How often any layer was used on any rank, and the moments of all ranks, per layer.
 
     Chan's formula for all ranks at once: squared deviations about the mean of all are what each rank adds, so that
@@ -361,7 +316,7 @@ def _merge(
     """
     uses = float(sum(observer.uses for observer in observers))
     own = [Moments(m.n.to(where), m.mean.to(where), m.m2.to(where)) for m in (each.moments for each in observers)]
-    if link is None:
+    if link.size == 1:
         return uses, own
     used = torch.tensor([uses], dtype=torch.float64, device=where)
     sums = link.sum(torch.cat([used, *(torch.cat([m.n.view(1), m.n * m.mean]) for m in own)]), call)

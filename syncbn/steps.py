@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
-from syncbn import comm, groups
-from syncbn.header import VOTE, Call, RankMismatchError
+from syncbn.comm import link_of
+from syncbn.errors import RankMismatchError
+from syncbn.groups import group_device, resolve_group
+from syncbn.together import sendable
+from syncbn.wire import VOTE, Call
 
 
 def vote(ok: bool, reason: str = "", *, process_group: Any = None, device: torch.device | str | None = None) -> bool:
@@ -38,7 +41,7 @@ def vote(ok: bool, reason: str = "", *, process_group: Any = None, device: torch
     Vote before DistributedDataParallel's backward starts to average gradients: what it has under way cannot be given
     up. A backward of its own (``model.no_sync()``) may be tried and voted upon in the same way.
 
-    Where ranks see each other's messages (gloo, up to ``comm.ONE_HOP_LIMIT`` ranks) this works anywhere in a step.
+    Where ranks see each other's messages (gloo, up to ``comm.LEVELS_LIMIT`` ranks) this works anywhere in a step.
     Where only sums are seen (NCCL, MPI, larger worlds), vote only where all ranks vote, between steps: a message in
     place of a layer's could differ in length from the others', and on a device they would hear it too late.
 
@@ -61,33 +64,17 @@ def vote(ok: bool, reason: str = "", *, process_group: Any = None, device: torch
     >>> vote(True)
     True
     """
-    group = groups.resolve_group(process_group)
+    group = resolve_group(process_group)
     where = group_device(group, device)
-    link = comm.link(group, where)
-    if link is None:
-        return ok
+    link = link_of(group, where)
     if not ok:
-        link.refuse(Call(VOTE), reason or "it gave up this step", 1)
+        link.refuse(Call(VOTE), sendable(reason) or "it gave up this step", 1)
         return False
     try:
-        link.exchange(torch.ones(1, dtype=torch.float64, device=where), Call(VOTE))
+        link.sum(torch.ones(1, dtype=torch.float64, device=where), Call(VOTE))
         link.settle()
     except RankMismatchError as error:
         if not error.refused_by:
             raise
         return False
     return True
-
-
-def group_device(group: Any, device: torch.device | str | None = None) -> torch.device:
-    """The device over which the layers of a group exchange: as given, or CUDA where the group can, else the CPU."""
-    if device is not None:
-        return torch.device(device)
-    if group is not None and torch.cuda.is_available():
-        cuda = torch.device("cuda", torch.cuda.current_device())
-        try:
-            group._get_backend(cuda)
-        except (AttributeError, RuntimeError):
-            return torch.device("cpu")
-        return cuda
-    return torch.device("cpu")

@@ -14,7 +14,7 @@ What an empty batch breaks in a network, and what to do:
 
 * a mean loss is NaN, and so are its gradients: take a sum and ``step.scale``, or ``step.loss_from_mean``;
 * ``x.view(N, -1)`` raises, for -1 could be anything: write ``x.flatten(1)``, or use ``empty_views``;
-* ``max`` and ``argmax`` over the batch raise, and a mean over it is NaN: ask ``step.count`` first.
+* ``max`` and ``argmax`` over the batch raise, and a mean over it is NaN: look at ``step.count`` first.
 
 The alternative, ``DistributedDataParallel.join(throw_on_early_termination=True)``, ends the epoch on all ranks as soon
 as one of them has run out, and drops what the others have left. Without that argument ``join`` does not know of the
@@ -23,23 +23,20 @@ layers' exchanges: the ranks that go on lose their peer there.
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from syncbn import comm, groups
-from syncbn.comm import Link
-from syncbn.header import COUNT, Call
-from syncbn.steps import group_device
-
-_DONE = object()
+from syncbn.comm import Link, link_of
+from syncbn.groups import group_device, resolve_group
+from syncbn.rounds import rounds, share_numbers
+from syncbn.together import telling
+from syncbn.wire import COUNT, Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,43 +126,24 @@ def joined(
     >>> [(step.count, step.total, step.scale) for step in joined([torch.ones(2, 3), torch.ones(1, 3)])]
     [(2, 2, 0.5), (1, 1, 1.0)]
     """
-    group = groups.resolve_group(process_group)
+    group = resolve_group(process_group)
     where = group_device(group, device)
-    link = comm.link(group, where)
-    world_size = 1 if link is None else link.size
-    count, empty = count or _count, empty or empty_like
-    batches: Iterator[Any] | None = None
+    link = link_of(group, where)
     example: Any = None  # an empty batch, of the structure of the others
-    first = True
-    while True:
-        try:
-            batches = iter(loader) if batches is None else batches
-            batch = next(batches, _DONE)
-            samples = 0 if batch is _DONE else count(batch)
-            if first and batch is not _DONE:
-                example = empty(batch)
-        except Exception as error:
-            if link is not None:
-                link.refuse(Call(COUNT), f"its loader raised {type(error).__name__}: {error}", 2)
-            raise
-        total, active = _share(link, where, [samples, batch is not _DONE])
-        if active == 0:
-            return
-        if first and active < world_size:
-            assert link is not None
-            example = _share_example(link, where, example)
-        first = False
-        yield Step(example if batch is _DONE else batch, samples, total, world_size)
 
+    def counted() -> Iterator[tuple[Any, int]]:
+        nonlocal example
+        for number, batch in enumerate(loader):
+            samples = (count or _count)(batch)
+            if number == 0:
+                example = (empty or empty_like)(batch)
+            yield batch, samples
 
-def _share(link: Link | None, where: torch.device, numbers: list[int]) -> list[int]:
-    """The sum of a list of integers over all ranks, on the host."""
-    if link is None:
-        return [int(number) for number in numbers]
-    total = link.sum(torch.tensor(numbers, dtype=torch.float64, device=where), Call(COUNT))
-    numbers = [int(number) for number in total.tolist()]
-    link.settle()
-    return numbers
+    for number, each in enumerate(rounds(counted(), link, where, Call(COUNT), "its loader")):
+        if number == 0 and each.takers < link.size:
+            with telling(link, Call(COUNT), link.size, "sharing an empty batch"):
+                example = _share_example(link, where, example)
+        yield Step(example if each.done else each.batch, each.count, each.total, link.size)
 
 
 def _share_example(link: Link, where: torch.device, example: Any) -> Any:
@@ -175,13 +153,14 @@ def _share_example(link: Link, where: torch.device, example: Any) -> Any:
         stream = io.BytesIO()
         torch.save(example, stream)
         text = stream.getvalue()
-    sizes = _share(link, where, [len(text) if rank == link.rank else 0 for rank in range(link.size)])
+    sizes = share_numbers([len(text) * (rank == link.rank) for rank in range(link.size)], link, where, Call(COUNT))
     giver = next(rank for rank, size in enumerate(sizes) if size)
     given = list(text) if giver == link.rank else [0] * sizes[giver]
-    received = bytes(_share(link, where, given))
+    received = bytes(share_numbers(given, link, where, Call(COUNT)))
     if example is not None:
         return example
-    # Of a GPU only its number differs between ranks. (A peer is trusted as its gradients are: any class may come.)
+    # GPUs differ between ranks by their number alone. Any class may be unpickled: a peer is trusted, as its gradients
+    # are.
     places = {f"{where.type}:{index}": str(where) for index in range(64)}
     return torch.load(io.BytesIO(received), map_location=places, weights_only=False)
 
@@ -270,21 +249,3 @@ def _product(sizes: Iterable[int]) -> int:
     for size in sizes:
         product *= size or 1
     return product
-
-
-@contextlib.contextmanager
-def without_broadcasts(model: nn.Module) -> Iterator[None]:
-    """Within it, DistributedDataParallel broadcasts no buffers in its forwards.
-
-    For whoever measures a model: the broadcast would overwrite statistics that differ between ranks, and a rank that
-    fails before it leaves the others waiting in it, where nobody hears of the failure.
-    """
-    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    before = [wrapper.require_forward_param_sync for wrapper in wrappers]
-    try:
-        for wrapper in wrappers:
-            wrapper.require_forward_param_sync = False
-        yield
-    finally:
-        for wrapper, value in zip(wrappers, before, strict=True):
-            wrapper.require_forward_param_sync = value

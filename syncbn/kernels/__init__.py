@@ -1,95 +1,107 @@
 """Arithmetic of batch normalization on one rank: no process group is known here.
 
-Each module has the same functions. ``reference`` is the ground truth in plain formulas, ``aten`` the fast composition
-of PyTorch's own operators for any device, ``triton`` has kernels for CUDA. Which of them works on a tensor is decided
-here: Triton for float16, bfloat16 and float32 on CUDA devices of compute capability 8.0 or later, ATen otherwise, also
-where Triton is missing or cannot launch a kernel (the logger ``syncbn`` says so, once per device).
+``reference`` is the ground truth in plain formulas, and says what each function does. The others have the same
+functions: ``native`` has compiled loops for CPUs, ``triton`` kernels for CUDA, and ``aten`` is the fast composition of
+PyTorch's own operators for any device (its plain forms, which ``composed`` puts together). Which of them works on a
+tensor is decided here:
+
+* native on a CPU, where the extension was built;
+* Triton for float16, bfloat16 and float32 on CUDA devices of compute capability 8.0 or later;
+* ATen otherwise.
+
+Where native or Triton cannot work, the logger ``syncbn`` says why, once per device. ``SYNCBN_KERNELS`` in the
+environment, ``native`` (default) or ``aten``, chooses for CPUs.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from syncbn.kernels import aten
+from syncbn.kernels import aten, native
+from syncbn.kernels.composed import Composed, clean_padding
 
-__all__ = ["gradient_sums", "input_gradient", "moments", "normalize", "relu_gradient"]
+__all__ = ["choice", "choose", "clean_padding", "is_native", "moments", "name_of", "plain"]
 
-HEAD = 6
-"""Slots in front of the payload of a message that the fused forms write."""
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_CAPABILITY = (8, 0)
+_ATEN = Composed(aten)
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON_CAPABILITY = (8, 0)
 _interpreted = False  # whether CPU tensors go to Triton as well, whose interpreter then works on them: for tests
 
 
-def moments(x: Tensor, *, raw: bool = False) -> Tensor:
-    """See ``aten.moments``."""
-    return _for(x).moments(x, raw=raw)
+def choose(x: Tensor, mask: Tensor | None, raw: bool) -> Any:
+    """What has the fused forms for a tensor: ``pack_moments``, ``normalize_shared``, ``pack_gradient_sums``,
+    ``shared_input_gradient`` and ``passed_gradient``; see ``reference``.
 
-
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    relu: bool = False,
-) -> Tensor:
-    """See ``aten.normalize``."""
-    return _for(x).normalize(x, mean, invstd, weight, bias, residual, relu)
-
-
-def relu_gradient(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """See ``aten.relu_gradient``."""
-    return _for(x).relu_gradient(grad, x, mean, invstd, weight, bias, residual)
-
-
-def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """See ``aten.gradient_sums``."""
-    return _for(x).gradient_sums(grad, x, mean, invstd)
-
-
-def input_gradient(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    sums: Tensor,
-    count: Tensor,
-) -> Tensor:
-    """See ``aten.input_gradient``."""
-    return _for(x).input_gradient(grad, x, mean, invstd, weight, sums, count)
-
-
-def fused(x: Tensor) -> Any:
-    """The module with the fused forms for a tensor, in which a step takes few launches (``pack_moments``,
-    ``normalize_shared``, ``pack_gradient_sums``, ``shared_input_gradient``); None if there is none for it.
+    Args:
+        x: shape ``(N, C, *)``.
+        mask: of its valid positions, or None.
+        raw: whether its messages carry sums that add up over ranks, which Triton's fused forms ask for.
     """
-    if (x.is_cuda or _interpreted) and x.dtype in _DTYPES and x.shape[1] > 0 and type(x) in _PLAIN:
-        return _load_triton(x.device)
-    return None
+    if is_native(x):
+        return native
+    triton = _triton(x)
+    if triton is None:
+        return _ATEN
+    return triton if raw and mask is None else _composed_triton(triton)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # (others may have no memory to work on: tensors that only trace shapes)
+def is_native(x: Tensor) -> bool:
+    """Whether the compiled loops work on a tensor."""
+    return x.is_cpu and type(x) in _PLAIN and not _interpreted and x.dtype in native.DTYPES and _native_works()
 
 
-def _for(x: Tensor) -> Any:
-    return (fused(x) if x.is_cuda or _interpreted else None) or aten
+@lru_cache
+def _native_works() -> bool:
+    chosen = choice() == "native"
+    if chosen and not native.available():
+        _say("CPUs", "compiled loops", native.reason())
+    return chosen and native.available()
+
+
+def choice() -> str:
+    """``SYNCBN_KERNELS`` in the environment: ``native`` (default) or ``aten``, for tensors on CPUs.
+
+    Raises:
+        ValueError: anything else.
+    """
+    value = os.environ.get("SYNCBN_KERNELS", "").lower() or "native"
+    if value not in ("native", "aten"):
+        raise ValueError(f"the environment variable SYNCBN_KERNELS must be native or aten, got {value!r}")
+    return value
+
+
+def _say(devices: object, missing: str, reason: str) -> None:
+    logging.getLogger("syncbn").warning("layers on %s run on ATen operators, not on %s: %s", devices, missing, reason)
+
+
+def plain(x: Tensor) -> Any:
+    """What has the plain forms for a tensor: ``moments``, ``normalize``, ``gradient_sums`` ...; see ``reference``."""
+    return _triton(x) or aten
+
+
+def name_of(kernel: Any) -> str:
+    """What people call a result of ``choose``."""
+    return "native" if kernel is native else "ATen" if kernel is _ATEN else "Triton"
+
+
+def moments(x: Tensor) -> Tensor:
+    """``(n, mean[C], m2[C])`` of x, packed in one float64 vector; see ``reference.moments``."""
+    return plain(x).moments(x)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # others may have no memory to work on: tensors that only trace shapes
+
+
+def _triton(x: Tensor) -> Any:
+    if not (x.is_cuda or _interpreted) or x.dtype not in _TRITON_DTYPES or x.shape[1] == 0 or type(x) not in _PLAIN:
+        return None
+    return _load_triton(x.device)
 
 
 @lru_cache
@@ -102,14 +114,19 @@ def _load_triton(device: torch.device) -> Any:
         triton.probe(device)
     except Exception as error:  # whatever it is, there is another way
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        logging.getLogger("syncbn").warning("layers on %s run on ATen operators, not on Triton: %s", device, reason)
+        _say(device, "Triton", reason)
         return None
     return triton
+
+
+@lru_cache
+def _composed_triton(triton: Any) -> Composed:
+    return Composed(triton)
 
 
 def _check_device(device: torch.device) -> None:
     if torch.version.hip is not None:
         raise RuntimeError("the kernels were written for CUDA")
     capability = torch.cuda.get_device_capability(device)
-    if capability < _CAPABILITY:
-        raise RuntimeError(f"they need compute capability {_CAPABILITY}, and this device has {capability}")
+    if capability < _TRITON_CAPABILITY:
+        raise RuntimeError(f"they need compute capability {_TRITON_CAPABILITY}, and this device has {capability}")

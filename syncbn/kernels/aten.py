@@ -1,8 +1,6 @@
-"""The per-rank arithmetic of synchronized batch normalization on ATen operations: CPU, and any other device.
+"""The plain forms of ``reference`` on ATen operations: CPU, and any other device.
 
-Shapes and dtypes, for all functions. Tensors like the input are `(N, C, *)`, two or more dimensions, any
-strides, possibly empty, float16, bfloat16, float32 or float64; per-channel statistics are float64 `(C,)`.
-Element-wise work is done in the *opmath* dtype: float64 for float64 input, else float32. Nothing here reads a
+Element-wise work is done in the *compute dtype*: float64 for float64 input, else float32. Nothing here reads a
 value back from a device, and for a given shape, layout and number of threads the results are deterministic.
 
 Two layouts are worked on without a copy. *Columns*: channels are innermost in memory (2-D input,
@@ -10,30 +8,30 @@ channels_last, pooled maps), seen as a matrix (elements, C). *Rows*: the default
 (N * C, positions). Inputs larger than the cache are worked on in slices of matrix rows, over which several
 operations pass while they are in it; on CPU the only temporaries have the size of a slice.
 
-Why these operations (`benchmarks/kernels.py` prints the candidates with their errors; the numbers here are for
+Why these operations (``benchmarks/kernels.py`` prints the candidates with their errors; the numbers here are for
 8x64x56x56 float32 at mean / std of 1000):
 
-* Every element is centred in opmath, `d = x - pivot`, with the pivot rounded to opmath and its remainder
-  folded into per-channel float64 vectors. The output is then off by 7e-7; `alpha * x + beta` by 1e-4. Where all
-  means are within `_NEAR` standard deviations of zero, centring gains no digits; on a CPU, where looking is cheap,
+* Every element is centred in opmath, ``d = x - pivot``, with the pivot rounded to opmath and its remainder
+  folded into per-channel float64 vectors. The output is then off by 7e-7; ``alpha * x + beta`` by 1e-4. Where all
+  means are within ``_NEAR`` standard deviations of zero, centring gains no digits; on a CPU, where looking is cheap,
   it is then left out, and one pass with it.
-* `alpha * x + beta` with values per channel is what `native_batch_norm` does in evaluation mode, in one vectorized
-  pass over rows; over columns it is one `addcmul`. The gradient is such a pass over x, and then an `addcmul_` of the
-  output's gradient.
-* Two sums in one read come from `native_batch_norm_backward` in evaluation mode with unit variance, which
-  returns `(sum a * (b - pivot), sum a)`, vectorized in both layouts. For the statistics both operands are a
+* ``alpha * x + beta`` with values per channel is what ``native_batch_norm`` does in evaluation mode, in one
+  vectorized pass over rows; over columns it is one ``addcmul``. The gradient is such a pass over x, and then an
+  ``addcmul_`` of the output's gradient.
+* Two sums in one read come from ``native_batch_norm_backward`` in evaluation mode with unit variance, which
+  returns ``(sum a * (b - pivot), sum a)``, vectorized in both layouts. For the statistics both operands are a
   slice of d. Reading x itself instead saves the slice and loses the variance (16 % off, and more for columns).
   PyTorch's own statistics are a scalar loop for rows, and for columns sum whole columns in float32: quick, but
   their variance is off by 2e-5 here, and in proportion to (mean / std)^2; the slices of d stay at 3e-7. On a
   CPU x itself is read first, about zero; channels with |mean| > std are then done again about a pivot.
-* Its float32 partial sums run over at most a slice and at most `_MAX_RUN` positions; these add up in float64.
-* Broadcast operands that are constant along the inner dimension are vectorized only one at a time, hence `mul_`
-  and `add_` where rows cannot have evaluation mode's loop, and columns one `addcmul`.
+* Its float32 partial sums run over at most a slice and at most ``_MAX_RUN`` positions; these add up in float64.
+* Broadcast operands that are constant along the inner dimension are vectorized only one at a time, hence ``mul_``
+  and ``add_`` where rows cannot have evaluation mode's loop, and columns one ``addcmul``.
 * Narrow columns are joined to rows of some hundred values, for longer loops.
 * Small inputs are converted to float64 and summed directly: fewer calls, which is all that counts there.
 
-The functions write with `out=`, so they are for use where autograd does not record (inside a
-`torch.autograd.Function`, under `no_grad`, or on tensors that require no gradient).
+The functions write with ``out=``, so they are for use where autograd does not record (inside a
+``torch.autograd.Function``, under ``no_grad``, or on tensors that require no gradient).
 """
 
 import math
@@ -42,6 +40,8 @@ from itertools import repeat
 
 import torch
 from torch import Tensor
+
+from syncbn.channels import along_channels, compute_dtype, has_columns, reduced_dims
 
 __all__ = ["gradient_sums", "input_gradient", "moments", "normalize", "relu_gradient"]
 
@@ -62,26 +62,19 @@ _threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
 
 def moments(x: Tensor, *, raw: bool = False) -> Tensor:
-    """Local moments per channel: `(count, mean, m2)`, or `(count, sum x, sum x^2)` with `raw`.
+    """See ``reference``.
 
-    With a local pivot p and `d = x - p`: `mean = p + sum(d) / n`, `m2 = sum(d^2) - sum(d)^2 / n`, and the raw
-    sums are `n * mean` and `m2 + n * mean^2` in float64. The pivot is the mean of an eighth of the elements:
+    With a local pivot p and ``d = x - p``: ``mean = p + sum(d) / n``, ``m2 = sum(d^2) - sum(d)^2 / n``, and the raw
+    sums are ``n * mean`` and ``m2 + n * mean^2`` in float64. The pivot is the mean of an eighth of the elements:
     for any data the squared distance of such a mean from the full mean is at most seven variances, so the
-    subtraction costs less than one digit. On a CPU it is zero for the channels with `|mean| <= std`.
-
-    Args:
-        x: Input of shape `(N, C, *)`.
-        raw: Pack raw sums, which add up over ranks, instead of the mean and the centred sum of squares.
-
-    Returns:
-        float64 vector of length `2C + 1`: the elements per channel, then two per channel. Zeros if empty.
+    subtraction costs less than one digit. On a CPU it is zero for the channels with ``|mean| <= std``.
     """
     if x.numel() == 0:
         return x.new_zeros(2 * x.shape[1] + 1, dtype=torch.float64)
     count = x.numel() // x.shape[1]
     if x.numel() <= _SMALL and x.dtype is not torch.float64:
         return _small_moments(x, count, raw)
-    sums = _plain_sums(x, None, None) if _may_read(x) and x.dtype is _opmath(x) else None
+    sums = _plain_sums(x, None, None) if _may_read(x) and x.dtype is compute_dtype(x) else None
     if sums is not None:
         packed, far = _moments_near_zero(sums, count, raw)
         if far is None:
@@ -98,14 +91,13 @@ def moments(x: Tensor, *, raw: bool = False) -> Tensor:
 
 
 def _small_moments(x: Tensor, count: int, raw: bool) -> Tensor:
-    """`moments` in float64 throughout, in as few calls as possible."""
+    """``moments`` in float64 throughout, in as few calls as possible."""
     channels = x.shape[1]
-    dims = [0, *range(2, x.dim())]
     wide = x.to(torch.float64)
     packed = wide.new_full((2 * channels + 1,), count)
     first, second = packed[1 : channels + 1], packed[channels + 1 :]
-    torch.sum(wide, dims, out=first)
-    torch.sum(wide.square_(), dims, out=second)
+    torch.sum(wide, reduced_dims(x), out=first)
+    torch.sum(wide.square_(), reduced_dims(x), out=second)
     if not raw:
         first.div_(count)
         second.addcmul_(first, first, value=-count).clamp_(min=0)
@@ -121,20 +113,7 @@ def normalize(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """`y = act((x - mean) * invstd * weight + bias + residual)`, in the dtype and memory layout of x.
-
-    Args:
-        x: Input of shape `(N, C, *)`.
-        mean: float64 `(C,)`.
-        invstd: float64 `(C,)`, `1 / sqrt(var + eps)`.
-        weight: `(C,)` of any floating dtype, or None for ones.
-        bias: `(C,)` of any floating dtype, or None for zeros.
-        residual: Added before the activation; same shape as x, or None.
-        relu: Whether `act` is the rectifier instead of the identity.
-
-    Returns:
-        Tensor with the shape, dtype and layout of x.
-    """
+    """See ``reference``."""
     y = torch.empty_like(x)
     if x.numel() > 0:
         _write_output(y, x, mean, invstd, weight, bias, residual, relu=relu)
@@ -150,17 +129,10 @@ def relu_gradient(
     bias: Tensor | None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Gradient before the rectifier: `grad` where the recomputed output is positive or NaN, else zero.
+    """See ``reference``.
 
-    The output is recomputed slice by slice by the very operations of `normalize`, so the sign is that of the
+    The output is recomputed slice by slice by the very operations of ``normalize``, so the sign is that of the
     forward pass to the last bit, and nothing but x (and the residual) has to be kept for the backward pass.
-
-    Args:
-        grad: Gradient of the loss with respect to the rectified output, shape of x.
-        x: Input of shape `(N, C, *)`; the other arguments are those of `normalize`.
-
-    Returns:
-        Tensor with the shape, dtype and layout of x.
     """
     masked = torch.empty_like(x)
     if x.numel() > 0:
@@ -180,8 +152,8 @@ def _write_output(
     relu: bool = False,
     grad: Tensor | None = None,
 ) -> None:
-    """Write into out the (rectified) output, or if given `grad`, masked by the sign of the output."""
-    opmath = _opmath(x)
+    """Write into out the (rectified) output, or if given ``grad``, masked by the sign of the output."""
+    opmath = compute_dtype(x)
     scale = invstd if weight is None else invstd * weight
     near = _is_near(x, mean, invstd)
     pivot = None if near else mean.to(opmath)
@@ -206,23 +178,13 @@ def _write_output(
 
 
 def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """`(sum g, sum g * xhat)` per channel, with `xhat = (x - mean) * invstd`.
-
-    Args:
-        grad: Gradient of the loss with respect to the normalized output, shape of x.
-        x: Input of shape `(N, C, *)`.
-        mean: float64 `(C,)`.
-        invstd: float64 `(C,)`.
-
-    Returns:
-        float64 vector of length `2C`. Zeros if empty.
-    """
+    """See ``reference``."""
     channels = x.shape[1]
     if x.numel() == 0:
         return x.new_zeros(2 * channels, dtype=torch.float64)
     if 2 * x.numel() <= _SMALL:
         return _small_gradient_sums(grad, x, mean, invstd)
-    opmath = _opmath(x)
+    opmath = compute_dtype(x)
     pivot = None if _is_near(x, mean, invstd) else mean.to(opmath)
     packed = _plain_sums(x, grad, pivot)
     if packed is None:
@@ -240,12 +202,11 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tens
 
 
 def _small_gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """`gradient_sums` in float64 throughout, in as few calls as possible."""
-    dims = [0, *range(2, x.dim())]
+    """``gradient_sums`` in float64 throughout, in as few calls as possible."""
     packed = mean.new_empty((2, x.shape[1]))
     total, dot = packed.unbind()
-    torch.sum(grad, dims, dtype=torch.float64, out=total)
-    torch.sum((x - _along_channels(mean, x)).mul_(grad), dims, out=dot)
+    torch.sum(grad, reduced_dims(x), dtype=torch.float64, out=total)
+    torch.sum((x - along_channels(mean, x)).mul_(grad), reduced_dims(x), out=dot)
     dot.mul_(invstd)
     return packed.view(-1)
 
@@ -276,27 +237,15 @@ def input_gradient(
     sums: Tensor,
     count: Tensor,
 ) -> Tensor:
-    """`dx = weight * invstd * (g - sum_g / n - xhat * sum_gxhat / n)`, in the dtype and layout of x.
+    """See ``reference``.
 
-    With `k = a * invstd * sum_gxhat / n` and `d = x - pivot` the work per element is
-    `a * g - k * d - (a * sum_g / n + k * (pivot - mean))`, where `a = weight * invstd`.
-
-    Args:
-        grad: Gradient of the loss with respect to the normalized output, shape of x.
-        x: Input of shape `(N, C, *)`.
-        mean: float64 `(C,)`.
-        invstd: float64 `(C,)`.
-        weight: `(C,)` of any floating dtype, or None for ones.
-        sums: float64 `(2C,)`, the result of `gradient_sums` summed over ranks.
-        count: float64 scalar tensor, elements per channel over all ranks. Zero counts as one.
-
-    Returns:
-        Tensor with the shape, dtype and layout of x.
+    With ``k = a * invstd * sum_gxhat / n`` and ``d = x - pivot`` the work per element is
+    ``a * g - k * d - (a * sum_g / n + k * (pivot - mean))``, where ``a = weight * invstd``.
     """
     dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx
-    opmath = _opmath(x)
+    opmath = compute_dtype(x)
     mean_g, mean_dot = (sums / count.clamp(min=1)).view(2, -1).unbind()
     near = _is_near(x, mean, invstd) and grad.dtype is opmath
     pivot = None if near else mean.to(opmath)
@@ -316,10 +265,10 @@ def input_gradient(
 
 
 def _moments_near_zero(sums: Tensor, count: int, raw: bool) -> tuple[Tensor, Tensor | None]:
-    """`moments` of sums about zero, and which channels need a pivot, or None if none does.
+    """``moments`` of sums about zero, and which channels need a pivot, or None if none does.
 
-    About zero the variance is off by `1 + (mean / std)^2` times the error of a sum, so these are channels with
-    `|mean| > std`: few or none behind a convolution. Whether there are any is read back, so this is for a CPU.
+    About zero the variance is off by ``1 + (mean / std)^2`` times the error of a sum, so these are channels with
+    ``|mean| > std``: few or none behind a convolution. Whether there are any is read back, so this is for a CPU.
     """
     channels = sums.shape[1]
     total, square = sums.unbind()
@@ -328,7 +277,7 @@ def _moments_near_zero(sums: Tensor, count: int, raw: bool) -> tuple[Tensor, Ten
     torch.div(total, count, out=first)
     torch.addcmul(square, total, first, value=-1, out=second)
     margin = torch.addcmul(second, total, first, value=-1)
-    if not margin.min().item() >= 0:  # (NaN is far)
+    if not margin.min().item() >= 0:  # NaN is far
         return packed, (margin >= 0).logical_not_()
     if raw:
         packed[1:] = sums.view(-1)
@@ -336,7 +285,7 @@ def _moments_near_zero(sums: Tensor, count: int, raw: bool) -> tuple[Tensor, Ten
 
 
 def _again_where_far(x: Tensor, sums: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`(pivot, sum d, sum d^2)`: those about zero, and for the channels that are far from it, about a pivot."""
+    """``(pivot, sum d, sum d^2)``: those about zero, and for the channels that are far from it, about a pivot."""
     index = far.nonzero().squeeze(1)
     if len(index) > x.shape[1] // 4:
         return _centred_sums(x)
@@ -348,17 +297,17 @@ def _again_where_far(x: Tensor, sums: Tensor, far: Tensor) -> tuple[Tensor, Tens
 
 
 def _plain_sums(x: Tensor, grad: Tensor | None, pivot: Tensor | None) -> Tensor | None:
-    """`(sum g, sum g * (x - pivot))` per channel in float64, in the fewest calls and without a temporary.
+    """``(sum g, sum g * (x - pivot))`` per channel in float64, in the fewest calls and without a temporary.
 
-    g is x itself, and the pivot zero, where they are None. None for an input whose runs `_MAX_RUN` does not cut into
+    g is x itself, and the pivot zero, where they are None. None for an input whose runs ``_MAX_RUN`` does not cut into
     equal parts, for strides that are neither rows nor columns, and for dtypes that need a conversion.
     """
-    columns, opmath = _has_columns(x), _opmath(x)
+    columns, opmath = has_columns(x), compute_dtype(x)
     if columns is None or x.dtype is not opmath or (grad is not None and grad.dtype is not opmath):
         return None
     channels = x.shape[1]
     length = x.numel() // channels if columns else x.numel() // (len(x) * channels)
-    width = _WIDTH if grad is None else _WIDTH // 4  # (two inputs take more of the innermost cache)
+    width = _WIDTH if grad is None else _WIDTH // 4  # two inputs take more of the innermost cache
     outer = math.gcd(length, max(1, width // channels)) if columns else len(x)
     run = length // outer if columns else length
     parts = _equal_parts(run)
@@ -388,9 +337,9 @@ def _plain_sums(x: Tensor, grad: Tensor | None, pivot: Tensor | None) -> Tensor 
 
 
 def _centred_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`(pivot, sum d, sum d^2)` in float64 for `d = x - pivot`."""
+    """``(pivot, sum d, sum d^2)`` in float64 for ``d = x - pivot``."""
     x, columns = _canonical(x)
-    channels, opmath = x.shape[1], _opmath(x)
+    channels, opmath = x.shape[1], compute_dtype(x)
     matrix = _matrix(x, columns)
     pivot = _rough_mean(matrix, channels, columns)
     parts = 1 if columns else _equal_parts(matrix.shape[1])
@@ -420,14 +369,14 @@ def _centred_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _equal_parts(length: int) -> int:
-    """A number of equal parts of a row, each within `_MAX_RUN`; 1 if the row is within it, or has no such parts."""
+    """A number of equal parts of a row, each within ``_MAX_RUN``; 1 if the row is within it, or has no such parts."""
     least = -(-length // _MAX_RUN)
     return next((parts for parts in range(least, 2 * least) if length % parts == 0), 1)
 
 
 def _rough_mean(matrix: Tensor, channels: int, columns: bool) -> Tensor:
     """Mean of about an eighth of the elements of each channel, in opmath."""
-    opmath = _opmath(matrix)
+    opmath = compute_dtype(matrix)
     if columns:
         return matrix[: -(-len(matrix) // 8)].mean(0, dtype=opmath)
     samples = matrix.view(-1, channels, matrix.shape[1])
@@ -437,7 +386,7 @@ def _rough_mean(matrix: Tensor, channels: int, columns: bool) -> Tensor:
 
 
 def _two_sums(a: Tensor, b: Tensor, pivot: Tensor, one: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
-    """`(sum a * (b - pivot), sum a)` per channel, of matrices or of `(*, channels, positions)`."""
+    """``(sum a * (b - pivot), sum a)`` per channel, of matrices or of ``(*, channels, positions)``."""
     if a.dim() == 2:
         same = a is b
         a = a.view(1, len(a), 1, -1).permute(0, 3, 1, 2) if columns else a.unsqueeze(0)
@@ -447,12 +396,12 @@ def _two_sums(a: Tensor, b: Tensor, pivot: Tensor, one: Tensor, columns: bool) -
 
 
 def _add_up(first: list[Tensor], second: list[Tensor], channels: int) -> Tensor:
-    """`(2, C)` sums in float64 of two lists of partial sums, each of which has the channels innermost."""
+    """``(2, C)`` sums in float64 of two lists of partial sums, each of which has the channels innermost."""
     return torch.cat(first + second).view(2, -1, channels).sum(1, dtype=torch.float64)
 
 
 def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """`out <- x * scale + shift`, where out may be x; the fastest of three ways."""
+    """``out <- x * scale + shift``, where out may be x; the fastest of three ways."""
     rows = scale.dim() > 1 and scale.shape[-1] == 1
     if rows and scale.dim() == x.dim():  # each row has values of its own
         done = _in_one_pass(x.unsqueeze(0), scale.view(-1), shift.view(-1), out.unsqueeze(0))
@@ -469,7 +418,7 @@ def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> No
 def _in_one_pass(
     x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, other: Tensor | None = None, factor: Tensor | None = None
 ) -> bool:
-    """`out <- x * scale + shift (+ other * factor)` per channel, if there is a quick way for x: one pass (or two).
+    """``out <- x * scale + shift (+ other * factor)`` per channel, if there is a quick way for x: one pass (or two).
 
     For rows it is the loop of evaluation mode, as broadcast operations take two passes, or vectorize only one of them.
     """
@@ -480,9 +429,9 @@ def _in_one_pass(
         outputs = out, unused, unused
         torch.native_batch_norm(x, scale, shift, zero, torch.ones_like(zero), False, 0.0, 0.0, out=outputs)
         if other is not None and factor is not None:
-            out.addcmul_(other, _along_channels(factor, x))
+            out.addcmul_(other, along_channels(factor, x))
         return True
-    if x.numel() <= _SMALL or not _has_columns(x) or (other is not None and other.stride() != x.stride()):
+    if x.numel() <= _SMALL or not has_columns(x) or (other is not None and other.stride() != x.stride()):
         return False
     channels = len(scale)
     joined = math.gcd(x.numel() // channels, max(1, _WIDTH // channels))
@@ -506,30 +455,18 @@ def _may_read(x: Tensor) -> bool:
 
 
 def _is_near(x: Tensor, mean: Tensor, invstd: Tensor) -> bool:
-    """Whether all means are within `_NEAR` standard deviations of zero, so that centring would gain no digits."""
-    if not _may_read(x) or x.dtype is not _opmath(x):
+    """Whether all means are within ``_NEAR`` standard deviations of zero, so that centring would gain no digits."""
+    if not _may_read(x) or x.dtype is not compute_dtype(x):
         return False
     return torch.linalg.vector_norm(mean * invstd, math.inf).item() <= _NEAR
 
 
-def _opmath(x: Tensor) -> torch.dtype:
-    """float64 for float64 input, else float32."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
-def _has_columns(x: Tensor) -> bool | None:
-    """True for columns, False for rows, None for strides that are neither."""
-    if x.stride(1) == 1 and x.movedim(1, -1).is_contiguous():
-        return True
-    return False if x.is_contiguous() else None
-
-
 def _canonical(x: Tensor) -> tuple[Tensor, bool]:
     """x, or a copy of it in the default layout if it has neither; and whether it has columns."""
-    columns = _has_columns(x)
+    columns = has_columns(x)
     if columns is None:
         x = x.contiguous()
-        columns = _has_columns(x)
+        columns = has_columns(x)
     return x, bool(columns)
 
 
@@ -552,14 +489,14 @@ def _blocks(matrix: Tensor, columns: bool, channels: int) -> Sequence[Tensor]:
 
 def _fits_slice(x: Tensor) -> bool:
     """Whether x is not worth cutting: it is small, or not on a CPU."""
-    return x.device.type != "cpu" or x.numel() * _opmath(x).itemsize <= _SLICE_BYTES * torch.get_num_threads()
+    return x.device.type != "cpu" or x.numel() * compute_dtype(x).itemsize <= _SLICE_BYTES * torch.get_num_threads()
 
 
 def _rows_per_slice(t: Tensor) -> int:
     """Entries of the first dimension whose opmath values fill a slice; on other devices than a CPU, all."""
     if t.device.type != "cpu":
         return len(t)
-    row_bytes = _opmath(t).itemsize * (t.numel() // len(t))
+    row_bytes = compute_dtype(t).itemsize * (t.numel() // len(t))
     return max(1, _SLICE_BYTES * torch.get_num_threads() // row_bytes)
 
 
@@ -569,9 +506,9 @@ def _pieces(tensors: Sequence[Tensor], vectors: Sequence[Tensor]) -> Iterator[li
     The strides of the first two tensors agree; the others are copied if theirs differ where slices are cut.
     """
     x = tensors[0]
-    columns = None if _fits_slice(x) else _has_columns(x)
+    columns = None if _fits_slice(x) else has_columns(x)
     if columns is None:
-        yield [*tensors, *(_along_channels(vector, x) for vector in vectors)]
+        yield [*tensors, *(along_channels(vector, x) for vector in vectors)]
         return
     blocks = [_blocks(_matrix(t, columns), columns, x.shape[1]) for t in tensors]
     for group in zip(*blocks, strict=True):
@@ -580,13 +517,8 @@ def _pieces(tensors: Sequence[Tensor], vectors: Sequence[Tensor]) -> Iterator[li
         yield from map(list, zip(*(_cut(t, step) for t in group), *spread, strict=False))
 
 
-def _along_channels(vector: Tensor, x: Tensor) -> Tensor:
-    """A per-channel vector that broadcasts against x."""
-    return vector if x.dim() == 2 else vector.view(-1, *[1] * (x.dim() - 2))
-
-
 def _cut(t: Tensor, step: int, dim: int = 0) -> Sequence[Tensor]:
-    """Pieces of `step` entries along a dimension."""
+    """Pieces of ``step`` entries along a dimension."""
     return (t,) if step >= t.shape[dim] else torch.split(t, step, dim)
 
 

@@ -1,6 +1,6 @@
 """The per-rank arithmetic of synchronized batch normalization in Triton: CUDA devices.
 
-The functions of `syncbn.kernels.reference`, for float16, bfloat16 and float32 input. Forward and backward over a link
+The functions of ``syncbn.kernels.reference``, for float16, bfloat16 and float32 input. Forward and backward over a link
 that gives the sum over ranks take three launches each, and nothing else::
 
     pack_moments             measure             x                -> moments of each split
@@ -17,32 +17,23 @@ A small input is measured by one program, which writes the message itself. docs/
 why. How many programs share a reduction depends on the shape alone, and no floats are added atomically: results are the
 same in every run and on every device. Nothing waits for the device, and nothing is copied to it.
 
-`syncbn.kernels.programs` has the programs. Everything is launched through `_launch`.
+``syncbn.kernels.triton_kernels`` has the kernels. Everything is launched through ``_launch``.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from syncbn.kernels import programs
-from syncbn.kernels.aten import _has_columns
+from syncbn.channels import has_columns
+from syncbn.kernels import triton_kernels
+from syncbn.memory import Running
+from syncbn.messages import Message, Shared
 
-__all__ = [
-    "gradient_sums",
-    "input_gradient",
-    "moments",
-    "normalize",
-    "normalize_shared",
-    "pack_gradient_sums",
-    "pack_moments",
-    "relu_gradient",
-    "shared_input_gradient",
-]
+fuses_relu = True
 
-RUN = programs.RUN.value
+RUN = triton_kernels.RUN.value
 
 # Bytes of a tile: 64 for each of 128 threads, in four loads of 16 bytes at a time. Two tensors share them in backward.
 _TILE = 8192
@@ -106,7 +97,7 @@ class _Geometry(NamedTuple):
 def _cut(
     images: int, channels: int, size: int, columns: bool, elements: int, programs: int, wide_from: int
 ) -> _Geometry:
-    """Tiles of about `elements`, fewer where the input is too small to give all multiprocessors some, or where loads
+    """Tiles of about ``elements``, fewer where the input is too small to give all multiprocessors some, or where loads
     are narrow (addresses would fill the registers).
 
     Channels innermost: up to 128 of them side by side. Else whole images of up to 1024 positions, with as many channels
@@ -148,7 +139,7 @@ def _geometry(x: Tensor, columns: bool, tensors: int) -> _Geometry:
 
 
 def _launch(device: torch.device, kernel: Any, number: int, *args: Any, warps: int = 4, **constants: Any) -> None:
-    """Start `number` programs on the device's current stream."""
+    """Start ``number`` programs on the device's current stream."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[(number,)](*args, num_warps=warps, **OPTIONS, **constants)
@@ -158,7 +149,7 @@ def _launch(device: torch.device, kernel: Any, number: int, *args: Any, warps: i
 
 def probe(device: torch.device) -> None:
     """Compile and launch a kernel that does nothing of use; raises whatever stands in the way."""
-    _launch(device, programs.probe, 1, torch.empty(16, device=device), warps=1)
+    _launch(device, triton_kernels.probe, 1, torch.empty(16, device=device), warps=1)
 
 
 def _laid_out(t: Tensor, columns: bool) -> Tensor:
@@ -173,7 +164,7 @@ class _Call:
 
     def __init__(self, x: Tensor, tensors: int = 1) -> None:
         self.x = x
-        found = None if x.numel() == 0 else _has_columns(x)
+        found = None if x.numel() == 0 else has_columns(x)
         self.columns = x.dim() == 2 if found is None else found
         self.canonical = found is not None or x.numel() == 0
         self.geometry = _geometry(x, self.columns, tensors)
@@ -204,32 +195,18 @@ def _vector(t: Tensor | None) -> Tensor | None:
 
 
 def moments(x: Tensor, *, raw: bool = False) -> Tensor:
-    """Local moments per channel: `(count, mean, m2)`, or `(count, sum x, sum x^2)` with `raw`.
-
-    Args:
-        x: Input of shape `(N, C, *)`.
-        raw: Pack raw sums, which add up over ranks, instead of the mean and the centred sum of squares.
-
-    Returns:
-        float64 vector of length `2C + 1`: the elements per channel, then two per channel. Zeros if empty.
-    """
+    """See ``reference``."""
     packed = torch.empty(2 * x.shape[1] + 1, dtype=torch.float64, device=x.device)
     _measure(x, packed, 0, 0, headed=False, raw=raw)
     return packed
 
 
-def pack_moments(x: Tensor, message: Tensor, tag: int, number: int) -> None:
-    """Write the raw moments of x into a message: six slots, then `(count, sum x, sum x^2)`, then zeros.
-
-    The slots are `tag, tag^2, 0, 0, broken, broken * number`, where `broken` is 1 if a sum is not finite, else 0.
-
-    Args:
-        x: Input of shape `(N, C, *)`, possibly empty.
-        message: float64 vector of at least `2C + 7` elements, and at most 1024 more; all of it is written.
-        tag: Of the call, below 2^26.
-        number: Of this rank, counted from one.
-    """
-    _measure(x, message, tag, number, headed=True, raw=True)
+def pack_moments(x: Tensor, mask: None, message: Message) -> None:
+    """See ``reference``; without a mask."""
+    headed = message.number > 0
+    _measure(
+        x, message.whole if headed else message.payload, message.tag, message.number, headed=headed, raw=message.raw
+    )
 
 
 def _measure(x: Tensor, message: Tensor, tag: int, number: int, *, headed: bool, raw: bool) -> None:
@@ -242,20 +219,20 @@ def _measure(x: Tensor, message: Tensor, tag: int, number: int, *, headed: bool,
         bn = min(_power_of_two(cut.images), max(1, _WHOLE_TILE // (bc * bp))) if bp == cut.bp else 1
         whole = cut._replace(bc=bc, bn=bn, bp=bp)
         _launch(
-            x.device, programs.measure, 1, call.data, message, message, message, message, tag, number, len(message),
-            *whole.sizes, 1, **whole.tile, **flags, RUNS=0, WHOLE=True, warps=8,
+            x.device, triton_kernels.measure, 1, call.data, message, message, message, message, tag, number,
+            len(message), *whole.sizes, 1, **whole.tile, **flags, RUNS=0, WHOLE=True, warps=8,
         )  # fmt: skip
         return
     splits = cut.splits()
     counts = torch.empty(splits, dtype=torch.float64, device=x.device)
     means, squares = torch.empty((2, splits, channels), dtype=torch.float64, device=x.device).unbind()
     call.launch(
-        programs.measure, splits * cut.blocks, call.data, counts, means, squares, message, tag, number, len(message),
-        *cut.sizes, splits, **flags, RUNS=1 if 0 < cut.items <= splits * RUN else 0, WHOLE=False,
+        triton_kernels.measure, splits * cut.blocks, call.data, counts, means, squares, message, tag, number,
+        len(message), *cut.sizes, splits, **flags, RUNS=1 if 0 < cut.items <= splits * RUN else 0, WHOLE=False,
     )  # fmt: skip
     bc, bs = _finish_tile(channels, splits)
     _launch(
-        x.device, programs.finish_moments, -(-channels // bc), counts, means, squares, message, number, channels,
+        x.device, triton_kernels.finish_moments, -(-channels // bc), counts, means, squares, message, number, channels,
         splits, BC=bc, BS=bs, **flags,
     )  # fmt: skip
 
@@ -275,20 +252,7 @@ def normalize(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """`y = act((x - mean) * invstd * weight + bias + residual)`, in the dtype and memory layout of x.
-
-    Args:
-        x: Input of shape `(N, C, *)`.
-        mean: float64 `(C,)`.
-        invstd: float64 `(C,)`, `1 / sqrt(var + eps)`.
-        weight: `(C,)` of any floating dtype, or None for ones.
-        bias: `(C,)` of any floating dtype, or None for zeros.
-        residual: Added before the activation; same shape as x, or None.
-        relu: Whether `act` is the rectifier instead of the identity.
-
-    Returns:
-        Tensor with the shape, dtype and layout of x.
-    """
+    """See ``reference``."""
     call = _Call(x)
     y = call.output(x.dtype)
     if x.numel() > 0:
@@ -299,33 +263,34 @@ def normalize(
 
 def normalize_shared(
     x: Tensor,
-    sums: Tensor,
+    mask: None,
+    shared: Shared,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
     eps: float,
-    running: Sequence[Any] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`normalize` by the moments of all ranks, and the running statistics moved towards these, in place.
-
-    Args:
-        x: Input of shape `(N, C, *)`, possibly empty.
-        sums: float64 `(2C + 1,)`: `(count, sum x, sum x^2)` over all ranks.
-        weight, bias, residual, relu: As in `normalize`.
-        eps: Added to the variance.
-        running: `(running_mean, running_var, momentum, num_batches_tracked)`, any of them None, or None: what to move
-            and to count, as `syncbn.moments.Running` does.
-
-    Returns:
-        `(y, mean, invstd, count)`, of which the last three are float64 of shapes `(C,)`, `(C,)` and `()`.
-    """
+    running: Running | None,
+) -> tuple[Tensor, Tensor, None]:
+    """See ``reference``; of raw sums, without a mask. Running statistics that are no plain vectors move before."""
+    if running is not None and not _is_plain(running):
+        running.move(shared.moments())
+        running = None
     call = _Call(x)
     y = call.output(x.dtype)
-    stats = torch.empty((2, x.shape[1]), dtype=torch.float64, device=x.device)
-    count = torch.empty((), dtype=torch.float64, device=x.device)
-    _normalize(call, y, weight, bias, residual, relu, (sums, stats[0], stats[1], count), running, eps)
-    return call.restored(y), stats[0], stats[1], count
+    channels = x.shape[1]
+    stats = torch.empty(2 * channels + 1, dtype=torch.float64, device=x.device)
+    vectors = _summed(shared), stats[:channels], stats[channels:], stats[-1]
+    _normalize(call, y, weight, bias, residual, relu, vectors, running, eps)
+    return call.restored(y), stats, None
+
+
+def _summed(shared: Shared) -> Tensor:
+    return shared.parts[0] if len(shared.parts) == 1 else shared.sum()
+
+
+def _is_plain(running: Running) -> bool:
+    return all(type(t) is Tensor and t.is_contiguous() for t in (running.mean, running.var) if t is not None)
 
 
 def _normalize(
@@ -336,10 +301,13 @@ def _normalize(
     residual: Tensor | None,
     relu: bool,
     vectors: tuple[Tensor | None, ...],
-    running: Sequence[Any] | None,
+    running: Running | None,
     eps: float,
 ) -> None:
-    mean, var, momentum, batches = running if running is not None else (None, None, 0.0, None)
+    mean = var = batches = None
+    momentum: float | None = 0.0
+    if running is not None:
+        mean, var, momentum, batches = running.mean, running.var, running.momentum, running.batches
     cumulative = momentum is None
     if cumulative and batches is None:  # an average over nothing that is counted moves nothing
         mean = var = None
@@ -348,7 +316,7 @@ def _normalize(
         mean = var = None
         cumulative = False
     call.launch(
-        programs.normalize, call.geometry.programs(), call.data, y,
+        triton_kernels.normalize, call.geometry.programs(), call.data, y,
         None if residual is None else call.laid_out(residual), _vector(weight), _vector(bias), *vectors,
         mean, var, batches, 0.0 if momentum is None else float(momentum), float(eps),
         *call.geometry.sizes, call.geometry.per_split(), RELU=relu, CUMULATIVE=cumulative,
@@ -364,15 +332,7 @@ def relu_gradient(
     bias: Tensor | None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Gradient before the rectifier: `grad` where the recomputed output is positive or NaN, else zero.
-
-    Args:
-        grad: Gradient of the loss with respect to the rectified output, shape of x.
-        x: Input of shape `(N, C, *)`; the other arguments are those of `normalize`.
-
-    Returns:
-        Tensor with the shape and layout of x and the dtype of grad.
-    """
+    """See ``reference``."""
     call = _Call(x, 2)
     masked = call.output(grad.dtype)
     if x.numel() > 0:
@@ -381,67 +341,65 @@ def relu_gradient(
     return call.restored(masked)
 
 
+def passed_gradient(
+    grad: Tensor,
+    x: Tensor,
+    mask: None,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """See ``reference``; without a mask."""
+    return relu_gradient(grad, x, *_mean_and_invstd(stats), weight, bias, residual)
+
+
+def _mean_and_invstd(stats: Tensor) -> tuple[Tensor, Tensor]:
+    channels = len(stats) // 2
+    return stats[:channels], stats[channels:-1]
+
+
 def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """`(sum g, sum g * xhat)` per channel, with `xhat = (x - mean) * invstd`.
-
-    Args:
-        grad: Gradient of the loss with respect to the normalized output, shape of x.
-        x: Input of shape `(N, C, *)`.
-        mean: float64 `(C,)`.
-        invstd: float64 `(C,)`.
-
-    Returns:
-        float64 vector of length `2C`. Zeros if empty.
-    """
+    """See ``reference``."""
     packed = torch.empty(2 * x.shape[1], dtype=torch.float64, device=x.device)
     outputs = packed, None, None
-    _sum_gradients(grad, x, mean, invstd, None, None, None, False, outputs, 0, 0, headed=False)
+    stats = mean.contiguous(), invstd.contiguous()
+    _sum_gradients(grad, x, stats, None, None, None, False, outputs, 0, 0, headed=False)
     return packed
 
 
 def pack_gradient_sums(
     grad: Tensor,
     x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
+    mask: None,
+    stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
-    message: Tensor | None,
-    tag: int,
-    number: int,
-    dtypes: tuple[torch.dtype | None, torch.dtype | None],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Write `(sum g, sum g * xhat)` into a message, and return both as gradients of the parameters.
-
-    Args:
-        grad: Gradient of the loss with respect to the layer's output, shape of x; g is what of it passes the rectifier.
-        x, mean, invstd, weight, bias, residual, relu: As in `normalize`.
-        message: float64 vector of at least `2C + 6` elements, as in `pack_moments` (where nothing is ever broken), or
-            None for none.
-        tag, number: As in `pack_moments`.
-        dtypes: Of the gradients of weight and bias; None for those that are not wanted.
-
-    Returns:
-        `(dweight, dbias)`, each of shape `(C,)` or None: `sum g * xhat` and `sum g`.
-    """
-    dweight, dbias = (None if d is None else torch.empty(x.shape[1], dtype=d, device=x.device) for d in dtypes)
-    outputs = message, dweight, dbias
-    _sum_gradients(grad, x, mean, invstd, weight, bias, residual, relu, outputs, tag, number, headed=True)
-    return dweight, dbias
+    message: Message | None,
+    dtypes: tuple[torch.dtype | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """See ``reference``; without a mask."""
+    gradients = tuple(None if d is None else torch.empty(x.shape[1], dtype=d, device=x.device) for d in dtypes)
+    headed = message is not None and message.number > 0
+    target, tag, number = None, 0, 0
+    if message is not None:
+        target, tag, number = message.whole if headed else message.payload, message.tag, message.number
+    outputs = target, *gradients
+    _sum_gradients(grad, x, _mean_and_invstd(stats), weight, bias, residual, relu, outputs, tag, number, headed=headed)
+    return gradients
 
 
 def _sum_gradients(
     grad: Tensor,
     x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
+    stats: tuple[Tensor, Tensor],
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
-    outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    outputs: tuple[Tensor | None, ...],
     tag: int,
     number: int,
     *,
@@ -451,17 +409,16 @@ def _sum_gradients(
     cut, channels = call.geometry, x.shape[1]
     splits = cut.splits()
     totals, dots = torch.empty((2, splits, channels), dtype=torch.float64, device=x.device).unbind()
-    mean, invstd = mean.contiguous(), invstd.contiguous()
     if not relu:
         weight = bias = residual = None
     call.launch(
-        programs.sum_gradients, splits * cut.blocks, call.laid_out(grad), call.data,
-        None if residual is None else call.laid_out(residual), _vector(weight), _vector(bias), mean, invstd,
+        triton_kernels.sum_gradients, splits * cut.blocks, call.laid_out(grad), call.data,
+        None if residual is None else call.laid_out(residual), _vector(weight), _vector(bias), *stats,
         totals, dots, *cut.sizes, splits, RELU=relu,
     )  # fmt: skip
     bc, bs = _finish_tile(channels, splits)
     _launch(
-        x.device, programs.finish_gradients, -(-channels // bc), totals, dots, mean, invstd, *outputs, tag, number,
+        x.device, triton_kernels.finish_gradients, -(-channels // bc), totals, dots, *stats, *outputs, tag, number,
         0 if outputs[0] is None else len(outputs[0]), channels, splits, BC=bc, BS=bs, HEADED=headed,
     )  # fmt: skip
 
@@ -475,53 +432,46 @@ def input_gradient(
     sums: Tensor,
     count: Tensor,
 ) -> Tensor:
-    """`dx = weight * invstd * (g - sum_g / n - xhat * sum_gxhat / n)`, in the dtype and layout of x.
-
-    Args:
-        grad: Gradient of the loss with respect to the normalized output, shape of x.
-        x: Input of shape `(N, C, *)`.
-        mean: float64 `(C,)`.
-        invstd: float64 `(C,)`.
-        weight: `(C,)` of any floating dtype, or None for ones.
-        sums: float64 `(2C,)`, the result of `gradient_sums` summed over ranks.
-        count: float64 scalar tensor, elements per channel over all ranks. Zero counts as one.
-
-    Returns:
-        Tensor with the shape, dtype and layout of x.
-    """
-    return shared_input_gradient(grad, x, mean, invstd, weight, None, None, False, sums, count, False)[0]
+    """See ``reference``."""
+    stats = mean.contiguous(), invstd.contiguous()
+    return _both_gradients(grad, x, stats, weight, None, None, False, sums.contiguous(), count, False)[0]
 
 
 def shared_input_gradient(
     grad: Tensor,
     x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
+    mask: None,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    shared: Shared,
+    wants_g: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """See ``reference``; without a mask."""
+    return _both_gradients(
+        grad, x, _mean_and_invstd(stats), weight, bias, residual, relu, _summed(shared), stats[-1], wants_g
+    )
+
+
+def _both_gradients(
+    grad: Tensor,
+    x: Tensor,
+    stats: tuple[Tensor, Tensor],
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
     sums: Tensor,
     count: Tensor,
-    masked: bool,
+    wants_g: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`input_gradient` of a layer with residual and rectifier; and with `masked` what of grad passes the rectifier.
-
-    Args:
-        grad: Gradient of the loss with respect to the layer's output, shape of x.
-        x, mean, invstd, weight, bias, residual, relu: As in `normalize`.
-        sums, count: As in `input_gradient`.
-        masked: Whether the second result is wanted, which is the gradient of the residual under a rectifier.
-
-    Returns:
-        `(dx, g)`: the first in the dtype of x, the second in that of grad, or None.
-    """
     call = _Call(x, 2)
     dx = call.output(x.dtype)
-    passed = call.output(grad.dtype) if masked else None
+    passed = call.output(grad.dtype) if wants_g else None
     if x.numel() > 0:
-        stats = mean.contiguous(), invstd.contiguous()
-        _input_gradient(call, grad, stats, weight, bias, residual, relu, sums.contiguous(), count, dx, passed)
+        _input_gradient(call, grad, stats, weight, bias, residual, relu, sums, count, dx, passed)
     return call.restored(dx), None if passed is None else call.restored(passed)
 
 
@@ -540,7 +490,7 @@ def _input_gradient(
 ) -> None:
     residual = None if residual is None or not relu else call.laid_out(residual)
     call.launch(
-        programs.input_gradient, call.geometry.programs(), call.laid_out(grad), call.data, residual,
+        triton_kernels.input_gradient, call.geometry.programs(), call.laid_out(grad), call.data, residual,
         _vector(weight), _vector(bias), *stats, sums, count, dx, passed,
         *call.geometry.sizes, call.geometry.per_split(), RELU=relu,
     )  # fmt: skip

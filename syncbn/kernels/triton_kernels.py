@@ -1,28 +1,30 @@
 # mypy: ignore-errors
 # ruff: noqa: SIM102, PIE808
-"""The Triton programs of `syncbn.kernels.triton`: what one block of threads does.
+"""The Triton programs of ``syncbn.kernels.triton``: what one block of threads does.
 
-All programs see the input the same way, as `(images, channels, size)` with offsets
+All programs see the input the same way, as ``(images, channels, size)`` with offsets
 
     (image * channels + channel) * size + position
 
-which is the default layout; with `size = 1` it is a matrix `(elements, C)`, channels innermost (`COLUMNS`). A *tile* is
-`BC` channels by `BN` images of `BP` positions, seen as `(BC, BN * BP)`; an *item* is the place of a tile along images
-and positions. A program works on one block of channels, and on the items of one *split*.
+which is the default layout; with ``size = 1`` it is a matrix ``(elements, C)``, channels innermost (``COLUMNS``). A
+*tile* is ``BC`` channels by ``BN`` images of ``BP`` positions, seen as ``(BC, BN * BP)``; an *item* is the place of a
+tile along images and positions. A program works on one block of channels, and on the items of one *split*.
 
-`units * ALIGN` is the length of a row of memory (the size, or the channels with `COLUMNS`): written so, the compiler
-knows that rows begin at multiples of `ALIGN`, and loads 16 bytes at a time where it is large enough. `WIDE` makes all
-offsets 64 bits wide.
+``units * ALIGN`` is the length of a row of memory (the size, or the channels with ``COLUMNS``). Written so, it tells
+the compiler that rows begin at multiples of ``ALIGN``; the compiler loads 16 bytes at a time where ``ALIGN`` is large
+enough. ``WIDE`` makes all offsets 64 bits wide.
 
-Reductions: each lane of a tile adds up to `RUN` values in float32, about a pivot that is a mean of a `RUN`-th of them
-or more; then the tile is summed in float32, and all further sums are float64, in an order that the shape alone fixes.
-Element by element nothing is float64: that would cost more than the memory.
+Reductions: each lane of a tile adds up to ``RUN`` values in float32, about a pivot that is a mean of a ``RUN``-th of
+them or more. Then the tile is summed in float32, and all further sums are float64, in an order that the shape alone
+fixes. No element is converted to float64: that would cost more than the memory.
 """
 
 import triton
 import triton.language as tl
 
-HEAD = tl.constexpr(6)  # slots in front of a message's payload
+from syncbn.wire import SLOTS
+
+HEAD = tl.constexpr(SLOTS)  # slots in front of a message's payload
 BUCKET = tl.constexpr(1024)  # a message is never longer than its content by more than this
 RUN = tl.constexpr(32)
 
@@ -69,7 +71,10 @@ def _run_moments(
     x, block, first, step, end, images, channels, size,
     BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Count, mean and sum of squared deviations of the items `first, first + step, ...` below `end`, `RUN` at most."""
+    """Count, mean and sum of squared deviations of the items ``first, first + step, ...`` below ``end``.
+
+    At most ``RUN`` of them.
+    """
     start, distances, mask, valid = _tile(first, block, images, channels, size, BC, BN, BP, WIDE)
     values = tl.load(x + start + distances, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     pivot = tl.sum(values, 1) / valid
@@ -110,7 +115,7 @@ def _split_moments(
     x, block, split, splits, images, channels, size,
     BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, WIDE: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Count, mean and sum of squared deviations of one split: items `split, split + splits, ...`."""
+    """Count, mean and sum of squared deviations of one split: items ``split, split + splits, ...``."""
     items = _number_of_items(images, size, BN, BP)
     if RUNS == 1:
         n, mean, m2 = _run_moments(x, block, split, splits, items, images, channels, size, BC, BN, BP, WIDE)
@@ -163,7 +168,7 @@ def measure(
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, RUNS: tl.constexpr, HEADED: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Moments of each split; with `WHOLE`, the one program there is writes the message at once."""
+    """Moments of each split; with ``WHOLE``, the one program there is writes the message at once."""
     if COLUMNS:
         channels = units * ALIGN
         size = 1
@@ -243,11 +248,11 @@ def finish_moments(
 
 @triton.jit
 def _read_sums(sums, c, inside, channels, eps):
-    """Count, mean, sum of squared deviations and inverse deviation out of `(n, S[C], Q[C])`."""
+    """Count, mean, sum of squared deviations and inverse deviation out of ``(n, S[C], Q[C])``."""
     n = tl.load(sums)
     total = tl.load(sums + 1 + c, mask=inside, other=0.0)
     squares = tl.load(sums + 1 + channels + c, mask=inside, other=0.0)
-    share = 1.0 / tl.maximum(n, 1.0)  # (a division is many instructions, and threads share channels)
+    share = 1.0 / tl.maximum(n, 1.0)  # a division is many instructions, and threads share channels
     mean = total * share
     m2 = _at_least_zero(squares - mean * total)
     return n, mean, m2, 1.0 / tl.sqrt(m2 * share + eps)
@@ -255,7 +260,7 @@ def _read_sums(sums, c, inside, channels, eps):
 
 @triton.jit
 def _affine(mean, invstd, weight, bias, c, inside):
-    """Pivot, scale and shift in float32: `(x - pivot) * scale + shift` is the output. The same bits each time."""
+    """Pivot, scale and shift in float32: ``(x - pivot) * scale + shift`` is the output. The same bits each time."""
     scale = invstd
     if weight is not None:
         scale = invstd * _wide(tl.load(weight + c, mask=inside, other=0.0))
@@ -279,7 +284,7 @@ def _output(values, pivot, scale, shift, residual, place, mask, EVICT: tl.conste
 
 @triton.jit
 def _move(running, values, keep, momentum, c, inside):
-    """`running += momentum * (values - running)`, in float32 for float32 and in float64 for others."""
+    """``running += momentum * (values - running)``, in float32 for float32 and in float64 for others."""
     old = tl.load(running + c, mask=inside, other=0.0)
     if running.dtype.element_ty == tl.float32:
         work: tl.constexpr = tl.float32
@@ -309,9 +314,9 @@ def normalize(
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, RELU: tl.constexpr, CUMULATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Write the output; with `sums`, derive mean and invstd from them first, write these, and update the running ones.
+    """Write the output; with ``sums``, first derive mean and invstd, write them, and move the running statistics.
 
-    Items are taken from the last to the first: the last of them were read last before, and may still be in the cache.
+    The items are taken from the last to the first: the last were read last before, and may still be in the cache.
     """
     if COLUMNS:
         channels = units * ALIGN
@@ -371,7 +376,7 @@ def sum_gradients(
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """`sum g` and `sum g * (x - pivot)` of each split, the pivot being the mean rounded to float32."""
+    """``sum g`` and ``sum g * (x - pivot)`` of each split, the pivot being the mean rounded to float32."""
     if COLUMNS:
         channels = units * ALIGN
         size = 1
@@ -445,7 +450,7 @@ def input_gradient(
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """`dx`, and the gradient behind the rectifier, whichever is asked for; items from the last to the first."""
+    """``dx``, and the gradient behind the rectifier, whichever is asked for; items from the last to the first."""
     if COLUMNS:
         channels = units * ALIGN
         size = 1

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn import groups
+from syncbn import _torch, groups
 from syncbn.convert import layer_name
-from syncbn.header import RankMismatchError
+from syncbn.dry_run import check_is_module
+from syncbn.errors import RankMismatchError
 from syncbn.modules import SyncBatchNorm
 
 
@@ -32,23 +33,22 @@ def check_ranks_agree(model: nn.Module, process_group: Any = None) -> None:
         process_group: the ranks to compare; as in ``SyncBatchNorm``.
 
     Raises:
-        RankMismatchError: on every rank, with the first difference, both sides and their ranks.
+        RankMismatchError: on every rank, with the first layer that differs, what of it differs, and the ranks' sides.
+        TypeError: what is no module.
 
     Collectives:
         Two all_gathers on the group (sizes, then the lists); none where there is no group.
     """
-    mine = _manifest(model)
+    check_is_module(model)
+    mine = _describe_layers(model)
     group = groups.resolve_group(process_group)
     if group is None or group.size() == 1:
         return
     every = _gather([json.dumps(line) for line in mine], group)
     for position in range(max(len(lines) for lines in every)):
-        sides: dict[str, list[int]] = {}
-        for rank, lines in enumerate(every):
-            line = lines[position] if position < len(lines) else "no further layer"
-            sides.setdefault(line, []).append(rank)
-        if len(sides) > 1:
-            told = "; ".join(f"rank {', '.join(map(str, ranks))}: {line}" for line, ranks in sides.items())
+        here = [lines[position] if position < len(lines) else "null" for lines in every]
+        if len(set(here)) > 1:
+            told = _difference([json.loads(line) for line in here])
             raise RankMismatchError(
                 f"the synchronized layers differ between ranks, first at position {position}: {told}. "
                 f"(Compared over global ranks {groups.group_ranks(group)}; the model has {len(mine)} synchronized "
@@ -56,7 +56,21 @@ def check_ranks_agree(model: nn.Module, process_group: Any = None) -> None:
             )
 
 
-def _manifest(model: nn.Module) -> list[dict[str, Any]]:
+def _difference(layers: list[dict[str, Any] | None]) -> str:
+    """What differs between the ranks' layers at one position, None being no further layer: the name, or else fields."""
+    fields = ["name"]
+    everyone = [layer for layer in layers if layer is not None]
+    if len(everyone) == len(layers) and len({layer["name"] for layer in everyone}) == 1:
+        fields = [name for name in everyone[0] if len({json.dumps(layer[name]) for layer in everyone}) > 1]
+    sides: dict[str, list[int]] = {}
+    for rank, layer in enumerate(layers):
+        shown = [f"{json.dumps(name)}: {json.dumps(layer[name])}" for name in fields] if layer else ["no further layer"]
+        sides.setdefault(", ".join(shown), []).append(rank)
+    told = "; ".join(f"rank {', '.join(map(str, ranks))}: {side}" for side, ranks in sides.items())
+    return told if fields == ["name"] else f"{told} (layer {everyone[0]['name']!r})"
+
+
+def _describe_layers(model: nn.Module) -> list[dict[str, Any]]:
     lines = []
     for name, layer in model.named_modules():
         if isinstance(layer, SyncBatchNorm):
@@ -82,7 +96,8 @@ def _manifest(model: nn.Module) -> list[dict[str, Any]]:
 
 def _gather(lines: list[str], group: dist.ProcessGroup) -> list[list[str]]:
     """All ranks' lines in rank order. Works on groups that torch.distributed does not know by name."""
-    device = torch.device("cuda" if _needs_cuda(group) else "cpu")
+    on_cpu = _torch.has_backend(group, torch.device("cpu")) or not torch.cuda.is_available()
+    device = torch.device("cpu" if on_cpu else "cuda")
     text = "\n".join(lines).encode()
     sizes = _all_gather(torch.tensor([len(text)], device=device), group)
     widest = int(max(int(size.item()) for size in sizes))
@@ -99,11 +114,3 @@ def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     group.allgather([parts], [tensor]).wait()
     return parts
-
-
-def _needs_cuda(group: dist.ProcessGroup) -> bool:
-    try:
-        group._get_backend(torch.device("cpu"))
-    except (AttributeError, RuntimeError):
-        return torch.cuda.is_available()
-    return False

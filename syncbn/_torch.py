@@ -1,0 +1,349 @@
+"""What the package takes from PyTorch that is private, or not the same in all versions from 2.11 on: all of it.
+
+Each entry says what it is for, and what happens where a version of PyTorch does not have it. ``tests/test_torch.py``
+notices when one goes, or when it no longer does what it is here for. So a new release of PyTorch is this page to read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad
+import torch.autograd.graph
+import torch.distributed as dist
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.nn.modules.batchnorm import _LazyNormBase as LazyNormBase
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+__all__ = ["BatchNormBase", "LazyNormBase", "is_lazy"]
+
+# BatchNormBase: what nn.BatchNorm1d, 2d, 3d and nn.SyncBatchNorm derive from.
+# LazyNormBase: what nn.LazyBatchNorm1d, 2d and 3d derive from. No fallback for both: a layer is one of them, and their
+# private names have been the same since PyTorch 1.8.
+# is_lazy: whether a parameter or buffer has no shape yet. Not documented; no fallback: there is no other way to ask.
+
+
+# ---- process groups
+
+
+def backend_of(group: Any, device: torch.device) -> Any:
+    """The backend below a ProcessGroup: calling it directly saves the dispatcher's 10 us a call.
+
+    Fallback: the group itself, which has the same collectives. So it is for groups that are a backend themselves
+    (written in Python), and for devices that the group has no backend for.
+    """
+    try:
+        return group._get_backend(device)
+    except (AttributeError, RuntimeError):
+        return group
+
+
+def has_backend(group: Any, device: torch.device) -> bool:
+    """Whether the group can work on tensors of a device. Fallback: it is taken to be for CPUs alone."""
+    try:
+        group._get_backend(device)
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+def is_fake(group: Any) -> bool:
+    """Whether the collectives of a group do nothing: torch's ``fake`` backend, on which steps are estimated.
+
+    Fallback: it counts as any other, whose ranks then seem to disagree.
+    """
+    return type(backend_of(group, torch.device("cpu"))).__name__ == "FakeProcessGroup"
+
+
+def timeout_of(group: Any, device: torch.device) -> datetime.timedelta:
+    """The timeout of a group's backend. Fallback: that of a group for which nobody chose one."""
+    try:
+        return backend_of(group, device).options._timeout
+    except (AttributeError, RuntimeError):
+        return dist.constants.default_pg_timeout
+
+
+def registered_groups() -> list[Any]:
+    """All groups that this process has made with torch.distributed, oldest first. Fallback: the default group alone."""
+    try:
+        return list(dist.distributed_c10d._world.pg_map)
+    except AttributeError:
+        return [dist.group.WORLD]
+
+
+def group_named(name: str) -> Any:
+    """The process group of a name: compiled graphs keep names. No fallback: functional collectives do the same."""
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined, unused-ignore]
+
+
+# ---- autograd
+
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
+
+
+def transforms_active() -> bool:
+    """Whether a transform of torch.func is active. Fallback: assume so."""
+    return _transforms_active is None or _transforms_active()
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """``function.apply(*args)`` of an ``autograd.Function``, without the 40 us of Python that only torch.func needs.
+
+    ``Function.apply`` binds its arguments by ``inspect`` first, for the transforms of torch.func; the method of its
+    base class does not. Fallback: ``Function.apply``.
+    """
+    if _transforms_active is None or _transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
+def forward_mode_active() -> bool:
+    """Whether forward-mode differentiation is on. Fallback: assume not."""
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
+_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
+
+ENGINE_FILE = torch.autograd.graph.__file__
+"""Where every backward enters the engine: a frame of this file on the stack is a backward."""
+
+CHECKPOINT_FILE = torch.utils.checkpoint.__file__
+CHECKPOINT_RERUNS = ("recompute_fn", "unpack_hook")
+"""The functions of that file that run a forward again, in the mode without reentry. Both in ``checkpointing``.
+Fallback: the stack holds none of them, and a batch that is computed again would count twice."""
+
+
+def in_backward() -> bool:
+    """Whether a backward is running on this thread. Fallback: it may be, so that the stack is looked at."""
+    return _graph_task_id is None or _graph_task_id() != -1
+
+
+_SELECTIVE = tuple(
+    mode
+    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    if (mode := getattr(torch.utils.checkpoint, name, None)) is not None
+)
+_modes_on = getattr(torch._C, "_len_torch_dispatch_stack", None)
+
+
+def outside_selective_checkpointing() -> contextlib.AbstractContextManager[None]:
+    """Within it, a mode of selective checkpointing sees no operation, if one is on.
+
+    Fallback: the modes see all operations, and such a checkpoint complains that its second pass runs others.
+    """
+    if _modes_on is None or torch.compiler.is_compiling() or _modes_on() == 0:
+        return contextlib.nullcontext()
+    from torch.utils import _python_dispatch
+
+    stack = _python_dispatch._get_current_dispatch_mode_stack()
+    if any(isinstance(mode, _SELECTIVE) for mode in stack):
+        return _python_dispatch._disable_current_modes()
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def outside_modes() -> Iterator[None]:
+    """Within it, tensors are made as if no mode were on: for those that are kept and used again in other modes.
+
+    Outside of inference mode (an inference tensor cannot be written to later), of modes that see operators (fake
+    tensors, tracing), of modes that see functions (a default device), and of transforms of torch.func. Fallback: within
+    those of the last three for which there is no way out.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch._C.DisableTorchFunction())
+        if _modes_on is not None and _modes_on() > 0:
+            from torch.utils import _python_dispatch
+
+            stack.enter_context(_python_dispatch._disable_current_modes())
+        if transforms_active():
+            clear = _interpreters_cleared()
+            if clear is not None:
+                stack.enter_context(clear())
+        yield
+
+
+def _interpreters_cleared() -> Any:
+    try:
+        from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    except ImportError:
+        return None
+    return temporarily_clear_interpreter_stack
+
+
+def is_shadow(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values: on the meta device, or a fake one. Fallback: meta tensors alone."""
+    if tensor.is_meta:
+        return True
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def plainly_eager() -> bool:
+    """Whether operators just run: nothing differentiates forward, maps, traces, or otherwise looks at them.
+
+    Only then may values be read, and may kernels work that PyTorch knows nothing of. (Selective checkpointing looks
+    on, and is kept from seeing layers: it does not count.) Fallback: as of its parts; modes: assume none.
+    """
+    if transforms_active() or forward_mode_active() or in_script_trace():
+        return False
+    return _modes_on is None or _modes_on() == 0 or _only_selective_checkpointing()
+
+
+def _only_selective_checkpointing() -> bool:
+    from torch.utils import _python_dispatch
+
+    return all(isinstance(mode, _SELECTIVE) for mode in _python_dispatch._get_current_dispatch_mode_stack())
+
+
+def tracer() -> str:
+    """What records the operators that run, to run them again without us: its name, empty if nothing does.
+
+    Fallback: as if nothing did.
+    """
+    if in_script_trace():
+        return "torch.jit.trace"
+    if _modes_on is None or _modes_on() == 0:
+        return ""
+    try:
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+    except ImportError:
+        return ""
+    return "" if get_proxy_mode() is None else "make_fx"
+
+
+_functorch = getattr(torch._C, "_functorch", None)
+_batched = tuple(
+    test for name in ("is_batchedtensor", "is_legacy_batchedtensor") if (test := getattr(_functorch, name, None))
+)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for a batch that vmap maps over. Fallback: no."""
+    return any(test(tensor) for test in _batched)
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation is on, and goes through a tensor. Fallback: it does not."""
+    return forward_mode_active() and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def in_script_trace() -> bool:
+    """Whether torch.jit.trace is on: sizes are tensors then, and what is read becomes a constant. Fallback: no."""
+    return _script_trace is not None and _script_trace() is not None
+
+
+_script_trace = getattr(torch._C, "_get_tracing_state", None)
+
+
+def once_per_graph(function: Any) -> Any:
+    """A function without a result that a compiler calls while it traces, and leaves out of the graph.
+
+    ``torch.compiler.assume_constant_result`` without importing the compiler. Fallback: a compiler looks into it.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+# ---- modules
+
+
+@contextlib.contextmanager
+def without_broadcasts(model: nn.Module) -> Iterator[None]:
+    """Within it, DistributedDataParallel broadcasts no buffers in its forwards.
+
+    For whoever measures a model: the broadcast would overwrite statistics that differ between ranks, and a rank that
+    fails before it leaves the others waiting in it, where nobody hears of the failure. Fallback: they are broadcast.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    before = [getattr(wrapper, "require_forward_param_sync", None) for wrapper in wrappers]
+    try:
+        for wrapper in wrappers:
+            wrapper.require_forward_param_sync = False
+        yield
+    finally:
+        for wrapper, value in zip(wrappers, before, strict=True):
+            if value is not None:
+                wrapper.require_forward_param_sync = value
+
+
+def ddp_looks_for_sync_batchnorm() -> bool:
+    """Whether the caller's caller lists modules for DistributedDataParallel to look for torch's SyncBatchNorm among.
+
+    It refuses models on CPUs that have one. That is ``for layer in module.modules()`` in a function of its file that
+    names the class. No fallback: where the class is looked for in another way, DDP refuses our layers on CPUs.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name == "named_modules":
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_name != "modules" or frame.f_back is None:
+        return False
+    code = frame.f_back.f_code
+    return code.co_filename == _DDP_FILE and "SyncBatchNorm" in code.co_names
+
+
+_DDP_FILE = DistributedDataParallel.__init__.__code__.co_filename
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a part of a model runs compiled. Fallback: only what ``torch.compile(model)`` returned is recognized."""
+    return any(
+        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+# ---- devices and compilers
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on a device, so that nothing may be read. On others than CUDA: no."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def assert_async(condition: Tensor, message: str) -> None:
+    """Raise RuntimeError where ``condition`` is false, without waiting for a device; compilers trace it."""
+    torch._assert_async(condition, message)
+
+
+def traced_sum(message: Tensor, group: Any) -> Tensor:
+    """An all-reduce that a compiler can trace (a functional collective), in forward and backward.
+
+    ``dist.all_reduce`` within an ``autograd.Function`` compiles from PyTorch 2.13 on only.
+    """
+    total = torch.ops._c10d_functional.all_reduce(message, "sum", group.group_name)
+    return torch.ops._c10d_functional.wait_tensor(total)
+
+
+_proxy_mode = getattr(torch._C, "_get_dispatch_mode", None)
+
+
+def traced_graph() -> Any:
+    """The graph that a compiler writes the operators of this thread into; None if there is none.
+
+    Fallback: none, so that the order of exchanges in a graph is left to the compiler.
+    """
+    if _proxy_mode is None:
+        return None
+    mode = _proxy_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return None if mode is None else mode.tracer.graph
+
+
+def not_fused_across(tensor: Tensor) -> Tensor:
+    """The tensor, computed before it is used: a compiler moves no computation across it.
+
+    ``wait_tensor`` does nothing to a tensor that no collective is working on.
+    """
+    return torch.ops._c10d_functional.wait_tensor(tensor)
