@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from helpers.oracle import close
-from helpers.ranks import run_ranks
-from syncbn import SyncBatchNorm, comm
+from helpers.ranks import peers_of, run_ranks
+from syncbn import SyncBatchNorm
 from syncbn.accumulation import step_statistics
 
 C = 3
@@ -25,16 +25,9 @@ def _seed() -> Iterator[None]:
     yield
 
 
-@pytest.fixture(params=("one hop", "all-reduce", "alone"))
-def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    if request.param == "all-reduce":
-        monkeypatch.setattr(comm, "ONE_HOP_LIMIT", 1)
-    return 1 if request.param == "alone" else 2
-
-
 def micro_batches(world: int) -> list[list[Tensor]]:
     """Per rank, micro-batches of different sizes and far from each other; one of them is empty on a rank."""
-    sizes = [(3, 1, 2), (2, 0, 4)][:world]
+    sizes = [(3, 1, 2), (2, 0, 4), (1, 3, 0)][:world]
     return [[torch.randn(n, C, 4, dtype=torch.float64) * (1 + i) + 5 * i for i, n in enumerate(mine)] for mine in sizes]
 
 
@@ -44,7 +37,7 @@ def test_the_whole_step_moves_the_running_statistics_once(momentum: float | None
     whole = nn.BatchNorm1d(C, momentum=momentum, dtype=torch.float64)
 
     def body(rank: int, group: Any) -> SyncBatchNorm:
-        layer = SyncBatchNorm(C, momentum=momentum, process_group=group if world > 1 else None, dtype=torch.float64)
+        layer = SyncBatchNorm(C, momentum=momentum, process_group=peers_of(group), dtype=torch.float64)
         for step in range(3):
             with step_statistics(layer):
                 for x in batches[rank]:
@@ -66,7 +59,7 @@ def test_each_micro_batch_is_normalized_as_ever(world: int) -> None:
     batches = micro_batches(world)
 
     def body(rank: int, group: Any) -> None:
-        layers = [SyncBatchNorm(C, process_group=group if world > 1 else None, dtype=torch.float64) for _ in range(2)]
+        layers = [SyncBatchNorm(C, process_group=peers_of(group), dtype=torch.float64) for _ in range(2)]
         for x in batches[rank]:
             x.requires_grad_()
             with step_statistics(layers[0]):
@@ -88,7 +81,7 @@ def test_masks(world: int) -> None:
     whole(valid)
 
     def body(rank: int, group: Any) -> SyncBatchNorm:
-        layer = SyncBatchNorm(C, process_group=group if world > 1 else None, dtype=torch.float64)
+        layer = SyncBatchNorm(C, process_group=peers_of(group), dtype=torch.float64)
         with step_statistics(layer):
             for x, mask in zip(batches[rank], masks[rank], strict=True):
                 layer(x, mask=mask)
@@ -163,8 +156,8 @@ def test_twice_at_a_time_is_refused() -> None:
     with step_statistics(model[1]):
         with pytest.raises(RuntimeError, match="layer '1' collects"), step_statistics(model):
             pass
-        assert model[0]._collect is None and model[1]._collect is not None
-    assert model[1]._collect is None
+        assert model[0]._memory is None and model[1]._memory is not None
+    assert model[1]._memory is None
 
 
 def test_what_cannot_collect() -> None:

@@ -14,18 +14,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import syncbn
 from helpers.ranks import run_ranks
-from syncbn import comm, recompute
+from syncbn import _torch
 
 aten = torch.ops.aten
-WAYS = ("one hop", "all-reduce", "alone")
-
-
-@pytest.fixture(params=WAYS)
-def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Two ranks, by either way of sending messages, or one."""
-    if request.param == "all-reduce":
-        monkeypatch.setattr(comm, "ONE_HOP_LIMIT", 1)
-    return 1 if request.param == "alone" else 2
 
 
 def block(width: int = 6) -> nn.Sequential:
@@ -228,7 +219,7 @@ def test_hook_within_a_recomputed_forward(world: int) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_without_the_private_signal(world: int, reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch that does not tell whether a backward runs: the stack alone says so."""
-    monkeypatch.setattr(recompute, "_graph_task_id", None)
+    monkeypatch.setattr(_torch, "_graph_task_id", None)
 
     def run(net: nn.Module, rank: int) -> Tensor:
         return checkpoint(net, batch(rank), use_reentrant=reentrant).square().sum()
@@ -237,14 +228,8 @@ def test_without_the_private_signal(world: int, reentrant: bool, monkeypatch: py
 
 
 def test_without_the_private_signal_in_a_hook(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recompute, "_graph_task_id", None)
+    monkeypatch.setattr(_torch, "_graph_task_id", None)
     test_forward_in_a_backward_hook_counts(2)
-
-
-def test_torch_has_the_private_names() -> None:
-    """Those that the detection uses where they exist; a torch without them takes the fallbacks tested here."""
-    assert recompute._graph_task_id is torch._C._current_graph_task_id
-    assert len(recompute._SELECTIVE) == 2 and recompute._modes_on is not None
 
 
 def test_another_library_s_checkpoint(world: int) -> None:

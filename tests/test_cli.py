@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -18,10 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncbn import _doctor, launch
+from helpers.commands import ROOT, run
+from syncbn import _doctor, kernels, launch
 from syncbn.__main__ import main
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -90,7 +88,42 @@ def test_doctor_passes(
     assert test["works"] and test["ranks"] == 2 and 0 < test["latency_us"] < 1e6
     # Not zero: rounding differs between two ranks and one process, so the numbers come from a real comparison.
     assert all(0 < test["errors"][name] <= bound for name, bound in _doctor.TOLERANCE.items())
+    assert test["way"] == "sockets to 1 of 1 peers"
+    assert lines["settings"].startswith("SYNCBN_CHECKS=on, SYNCBN_KERNELS=native, SYNCBN_SOCKETS=on")
+    own = report["devices"]["cpu"]
+    assert own["kernels"] == kernels.name_of(kernels.choose(torch.zeros(1, 1), None, raw=False))
+    assert f"{own['kernels']} on CPUs ({own['instructions'] or own['why']})" in report["kernels"] == lines["kernels"]
     assert not left_behind(alone) and not list(alone.glob("syncbn-doctor-*"))
+
+
+def test_doctor_says_what_is_switched_off(
+    alone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"SYNCBN_SOCKETS": "off", "SYNCBN_KERNELS": "aten", "SYNCBN_CHECKS": ""}.items():
+        monkeypatch.setenv(name, text)
+    assert main(["doctor", "--no-mpi", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["settings"] | {"environment": None} == {
+        "checks": "on", "kernels": "aten", "sockets": "off", "environment": None
+    }  # fmt: skip
+    assert report["settings"]["environment"]["SYNCBN_SOCKETS"] == "off"
+    assert report["kernels"].startswith("ATen on CPUs (SYNCBN_KERNELS=aten)")
+    assert report["tests"][0]["way"] == "gloo to 1 of 1 peers"
+
+
+def test_values_that_there_are_not_are_lines_and_the_rest_is_looked_at(
+    alone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CHECKS", "KERNELS", "SOCKETS"):
+        monkeypatch.setenv(f"SYNCBN_{name}", "nonsense")
+    assert main(["doctor", "--no-mpi", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [line.partition(", got 'nonsense'")[0] for line in report["problems"]] == [
+        "settings: the environment variable SYNCBN_CHECKS must be on, off or sync",
+        "settings: the environment variable SYNCBN_KERNELS must be native or aten",
+        "settings: the environment variable SYNCBN_SOCKETS must be on or off",
+    ]
+    assert [test["works"] for test in report["tests"]] == [True]
 
 
 @pytest.mark.mpi
@@ -203,8 +236,9 @@ def test_a_signal_ends_it_and_its_ranks(
 
 
 def test_ranks_that_are_off_are_a_failure() -> None:
-    good = {"errors": {"float64": 1e-15, "float32": 1e-7}, "statistics": [1.0], "latency_us": 5.0}
-    assert _doctor._judge([good, good]) == {"errors": good["errors"], "latency_us": 5.0}
+    good = {"errors": {"float64": 1e-15, "float32": 1e-7}, "statistics": [1.0], "latency_us": 5.0, "way": "a"}
+    assert _doctor._judge([good, good]) == {"errors": good["errors"], "latency_us": 5.0, "way": "a"}
+    assert _doctor._judge([good, good | {"way": "b"}])["way"] == "a from rank 0; b from rank 1"
     with pytest.raises(_doctor.Failure, match=r"in float32 is off by 1.0e-02"):
         _doctor._judge([good, good | {"errors": {"float64": 1e-15, "float32": 1e-2}}])
     with pytest.raises(_doctor.Failure, match="running statistics of the ranks are not equal"):
@@ -237,14 +271,11 @@ def test_launch_is_the_launcher(capsys: pytest.CaptureFixture[str]) -> None:
             call()
         assert ended.value.code == 0
         said.append(capsys.readouterr())
-    assert said[0] == said[1] and "torch.distributed.run" in said[0].out
+    assert said[0] == said[1] and launch.AGENT in said[0].out
 
 
 def test_help_and_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "syncbn"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-    )
+    done = run(sys.executable, "-m", "syncbn", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert all(command in done.stdout for command in ("doctor", "launch", "version"))
     assert main(["version"]) == 0

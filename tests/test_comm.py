@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
+from helpers.links import SEE_EACH_RANK, exchange, link_of
 from helpers.oracle import close, step, whole_batch
-from helpers.ranks import outcomes, run_ranks
-from syncbn import RankMismatchError, SyncBatchNorm, comm, groups, header
-from syncbn.header import Call
+from helpers.ranks import make_group, outcomes, run_ranks
+from syncbn import RankMismatchError, SyncBatchNorm, comm, groups, wire
+from syncbn.wire import Call
 
 C = 3
 
@@ -163,14 +164,13 @@ def test_deepcopy_shares_an_unregistered_group() -> None:
 # ---- the exchange
 
 
-def exchanged(rank: int, group: Any, width: int, kind: int = header.SUM) -> list[Tensor]:
-    link = comm.link(group, torch.device("cpu"))
-    assert link is not None
+def exchanged(rank: int, group: Any, width: int, kind: int = wire.SUM) -> list[Tensor]:
+    link = link_of(group)
     payload = torch.arange(width, dtype=torch.float64) + 1000.0 * rank
-    return [part.clone() for part in link.exchange(payload, Call(kind, "x"))]
+    return exchange(link, payload, Call(kind, "x"))
 
 
-WIDTHS = [1, 2, 7, comm._FRAME - 1, comm._FRAME, comm._FRAME + 1, 3 * comm._FRAME + 5]
+WIDTHS = [1, 2, 7, wire.FRAME - 1, wire.FRAME, wire.FRAME + 1, 3 * wire.FRAME + 5]
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -184,16 +184,13 @@ def test_each_rank_gets_all_payloads(world: int) -> None:
     run_ranks(world, body)
 
 
-@pytest.mark.parametrize("limit", [32, 0])
-def test_sum(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm, "ONE_HOP_LIMIT", limit)
-
+def test_sum(way: str) -> None:
     def body(rank: int, group: Any) -> list[Tensor]:
-        link = comm.link(group, torch.device("cpu"))
-        assert isinstance(link, comm.AllReduce if limit == 0 else comm.OneHop)
+        link = link_of(group)
+        assert link.raw != (way in SEE_EACH_RANK)
         generator = torch.Generator().manual_seed(rank)
         payloads = [torch.randn(width, generator=generator, dtype=torch.float64) for width in WIDTHS]
-        sums = [link.sum(payload, Call(header.SUM, "x")) for payload in payloads]
+        sums = [link.sum(payload, Call(wire.SUM, "x")) for payload in payloads]
         assert not any(a.data_ptr() == b.data_ptr() for a in sums for b in payloads)
         return payloads + sums
 
@@ -206,102 +203,89 @@ def test_sum(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("channels", [4, 9000])
-def test_both_ways_give_the_same(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("way")
+def test_all_ways_give_the_same(channels: int) -> None:
     xs = [torch.randn(n, channels, 2, dtype=torch.float64) + n for n in (2, 0, 3)]
 
-    def both(limit: int) -> list[dict[str, Any]]:
-        monkeypatch.setattr(comm, "ONE_HOP_LIMIT", limit)
-        return run_ranks(
-            3, lambda rank, group: step(SyncBatchNorm(channels, process_group=group).double(), xs[rank], xs[rank])
-        )
-
-    one_hop, all_reduce = both(32), both(0)
+    results = run_ranks(
+        3, lambda rank, group: step(SyncBatchNorm(channels, process_group=group).double(), xs[rank], xs[rank])
+    )
     expected = whole_batch(xs, xs)
     for rank in range(3):
-        for results in (one_hop, all_reduce):
-            for name in ("y", "dx", "dweight", "dbias"):
-                close(results[rank][name], getattr(expected, name)[rank], 1e-11, 1e-11, name)
-            for name in ("running_mean", "running_var"):
-                assert torch.equal(results[rank][name], results[0][name])
+        for name in ("y", "dx", "dweight", "dbias"):
+            close(results[rank][name], getattr(expected, name)[rank], 1e-11, 1e-11, name)
+        for name in ("running_mean", "running_var"):
+            assert torch.equal(results[rank][name], results[0][name])
 
 
-def test_gloo_takes_one_hop_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_takes_an_all_reduce_above_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     def kinds(rank: int, group: Any) -> type:
-        return type(comm.link(group, torch.device("cpu")))
+        return type(link_of(group))
 
     assert run_ranks(3, kinds) == [comm.OneHop] * 3
-    monkeypatch.setattr(comm, "ONE_HOP_LIMIT", 2)
-    assert run_ranks(3, kinds) == [comm.AllReduce] * 3
+    monkeypatch.setattr(comm, "LEVELS_LIMIT", 2)
+    assert run_ranks(3, kinds) == [comm.AllReduceOnHost] * 3
 
 
-@pytest.mark.parametrize("limit", [32, 0])
 @pytest.mark.parametrize("other", ["layer", "kind", "width", "frame", "flags"])
-def test_mismatch_is_found_either_way_and_the_group_stays_usable(
-    other: str, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(comm, "ONE_HOP_LIMIT", limit)
+def test_mismatch_is_found_either_way_and_the_group_stays_usable(other: str, way: str) -> None:
     calls = {
-        "layer": (Call(header.FORWARD, "b"), 7),
-        "kind": (Call(header.BACKWARD, "a"), 7),
-        "width": (Call(header.FORWARD, "a"), 9),
-        "frame": (Call(header.FORWARD, "a"), comm._FRAME + 9),
-        "flags": (Call(header.FORWARD, "a", header.INPUT_GRAD), 7),
+        "layer": (Call(wire.FORWARD, "b"), 7),
+        "kind": (Call(wire.BACKWARD, "a"), 7),
+        "width": (Call(wire.FORWARD, "a"), 9),
+        "frame": (Call(wire.FORWARD, "a"), wire.FRAME + 9),
+        "flags": (Call(wire.FORWARD, "a", wire.INPUT_GRAD), 7),
     }
 
     def body(rank: int, group: Any) -> None:
-        link = comm.link(group, torch.device("cpu"))
-        assert link is not None
-        call, width = calls[other] if rank == 1 else (Call(header.FORWARD, "a"), 7)
-        if other == "frame" and limit == 0:
+        link = link_of(group)
+        call, width = calls[other] if rank == 1 else (Call(wire.FORWARD, "a"), 7)
+        if other == "frame" and way not in SEE_EACH_RANK:
             return  # messages of this difference abort the process in gloo's own all-reduce
         with pytest.raises(RankMismatchError, match="different calls"):
-            link.exchange(torch.ones(width, dtype=torch.float64), call)
-        assert float(link.sum(torch.ones(5, dtype=torch.float64), Call(header.SUM))[0]) == 3.0
+            exchange(link, torch.ones(width, dtype=torch.float64), call)
+        assert float(link.sum(torch.ones(5, dtype=torch.float64), Call(wire.SUM))[0]) == 3.0
 
     run_ranks(3, body)
 
 
-@pytest.mark.parametrize("limit", [32, 0])
 @pytest.mark.parametrize("refusing", [(1,), (0, 2), (0, 1, 2)])
-def test_refusal(refusing: tuple[int, ...], limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm, "ONE_HOP_LIMIT", limit)
+def test_refusal(refusing: tuple[int, ...], way: str) -> None:
 
     def body(rank: int, group: Any) -> str:
-        link = comm.link(group, torch.device("cpu"))
-        assert link is not None
-        call = Call(header.FORWARD, "stem")
+        link = link_of(group)
+        call = Call(wire.FORWARD, "stem")
         said = ""
         if rank in refusing:
             link.refuse(call, "wrong shape \u00fc (3, 4)", 7)
         else:
             with pytest.raises(RankMismatchError, match="stays usable") as caught:
-                link.exchange(torch.ones(7, dtype=torch.float64), call)
+                exchange(link, torch.ones(7, dtype=torch.float64), call)
             said = str(caught.value)
             assert "'stem'" in said
-        assert float(link.sum(torch.ones(5, dtype=torch.float64), Call(header.SUM))[0]) == 3.0
+        assert float(link.sum(torch.ones(5, dtype=torch.float64), Call(wire.SUM))[0]) == 3.0
         return said
 
     for said in run_ranks(3, body):
-        if said and limit:
+        if said and way in SEE_EACH_RANK:
             assert "wrong shape \u00fc (3, 4)" in said
             assert all(str(rank) in said for rank in refusing)
 
 
 def test_very_long_names_and_reasons() -> None:
     def body(rank: int, group: Any) -> None:
-        link = comm.link(group, torch.device("cpu"))
-        assert link is not None
+        link = link_of(group)
         names = ["\u00e9" * 300 + "a", "b" + "\u00e9" * 300][rank], "x" * 200_000
         with pytest.raises(RankMismatchError):
-            link.exchange(torch.ones(3, dtype=torch.float64), Call(header.FORWARD, names[0]))
+            exchange(link, torch.ones(3, dtype=torch.float64), Call(wire.FORWARD, names[0]))
         # names that differ only in front of what is sent of them
         with pytest.raises(RankMismatchError):
-            link.exchange(torch.ones(3, dtype=torch.float64), Call(header.FORWARD, f"{rank}" + "m" * 96))
+            exchange(link, torch.ones(3, dtype=torch.float64), Call(wire.FORWARD, f"{rank}" + "m" * 96))
         if rank == 0:
-            link.refuse(Call(header.FORWARD), names[1], 3)
+            link.refuse(Call(wire.FORWARD), names[1], 3)
         else:
             with pytest.raises(RankMismatchError, match="xxx"):
-                link.exchange(torch.ones(3, dtype=torch.float64), Call(header.FORWARD))
+                exchange(link, torch.ones(3, dtype=torch.float64), Call(wire.FORWARD))
 
     run_ranks(2, body)
 
@@ -323,8 +307,6 @@ def test_several_groups_side_by_side() -> None:
     store = dist.HashStore()
 
     def body(rank: int, group: Any) -> None:
-        from ranks import make_group
-
         half = make_group(dist.PrefixStore(f"half{rank // 2}", store), rank % 2, 2)
         for _ in range(3):
             whole, part = SyncBatchNorm(1, momentum=1.0, process_group=group), SyncBatchNorm(1, momentum=1.0)
@@ -348,12 +330,12 @@ def test_a_group_that_is_dropped_can_be_collected() -> None:
 
 
 def test_forced_is_undone() -> None:
-    assert not comm.must_synchronize(None)
+    assert not comm.synchronizes(None)
     with comm.forced():
         with comm.forced():
             pass
-        assert comm.must_synchronize(None)
-    assert not comm.must_synchronize(None)
+        assert comm.synchronizes(None)
+    assert not comm.synchronizes(None)
 
 
 def test_forced_is_undone_by_threads_in_any_order() -> None:
@@ -361,8 +343,8 @@ def test_forced_is_undone_by_threads_in_any_order() -> None:
         first.enter_context(comm.forced())
         second.enter_context(comm.forced())
         first.close()
-        assert comm.must_synchronize(None)
-    assert not comm.must_synchronize(None)
+        assert comm.synchronizes(None)
+    assert not comm.synchronizes(None)
 
 
 def test_threads_of_the_harness_end() -> None:

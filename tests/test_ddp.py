@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from helpers.links import link_of
 from helpers.oracle import close
 from helpers.processes import run_processes
 from syncbn import comm
@@ -190,7 +191,7 @@ def test_a_saved_module_finds_its_group_again(tmp_path: Path) -> None:
     x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
     plain = build()
     plain.load_state_dict(model.state_dict())
-    close(model(x), plain(x), 0.0, 0.0, "y")
+    close(model(x), plain(x), 1e-12, 1e-12, "y")
     assert type(syncbn.revert_sync_batchnorm(model)[1]) is nn.BatchNorm2d
 
 
@@ -198,7 +199,7 @@ def default_group(rank: int, size: int) -> tuple[Tensor, bool]:
     """A layer without a group uses the default one, as it is at the time of the forward."""
     layer = syncbn.SyncBatchNorm(1, momentum=1.0)
     layer(torch.full((2, 1), float(rank)))
-    return layer.running_mean, isinstance(comm.link(dist.group.WORLD, torch.device("cpu")), comm.OneHop)
+    return layer.running_mean, isinstance(link_of(dist.group.WORLD), comm.OneHop)
 
 
 def test_the_default_group(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import math
 import pickle
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
+from helpers.links import SEE_EACH_RANK
 from helpers.ranks import outcomes, run_ranks
-from syncbn import comm, diagnostics
+from syncbn import diagnostics
 from syncbn.diagnostics import NoiseObserver, NoiseReport, NoiseRow, measure_noise
 
 
@@ -32,15 +34,6 @@ def draws(shape: tuple[int, ...], count: int, rank: int = 0, *, scale: float | T
 
 def at(report: NoiseReport, k: int, layer: str | None = None) -> NoiseRow:
     return next(row for row in report.rows if row.group_size == k and layer in (None, row.layer))
-
-
-@pytest.fixture(params=["one hop", "all-reduce"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How messages travel on gloo."""
-    if request.param == "all-reduce":
-        monkeypatch.setattr(comm, "ONE_HOP_LIMIT", 1)
-    name: str = request.param
-    return name
 
 
 # ---- known answers
@@ -252,8 +245,42 @@ def test_a_rank_that_fails(way: str, fail: str) -> None:
     for error in (errors[0], errors[2]):
         assert isinstance(error, syncbn.RankMismatchError)
         assert error.refused_by == ((1,) if fail != "layers" else ())
-    if fail == "batches" and way == "one hop":
+    if fail == "batches" and way in SEE_EACH_RANK:
         assert "its batches raised OSError: disk on fire" in str(errors[0])
+
+
+WRONG: dict[str, Callable[[Any], NoiseReport]] = {
+    "eval mode": lambda group: measure_noise(Net(group).eval(), draws((3, 6), 8), process_group=group),
+    "no layers": lambda group: measure_noise(nn.Linear(6, 2), draws((3, 6), 8), process_group=group),
+    "no module": lambda group: measure_noise([Net(group)], draws((3, 6), 8), process_group=group),  # type: ignore
+    "lazy": lambda group: measure_noise(nn.LazyBatchNorm1d(), draws((3, 6), 8), process_group=group),
+    "sizes": lambda group: measure_noise(Net(group), draws((3, 6), 8), [0], process_group=group),
+    "too large a size": lambda group: measure_noise(Net(group), draws((3, 6), 8), [99], process_group=group),
+    "no iterable": lambda group: measure_noise(Net(group), None, process_group=group),  # type: ignore
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_rank_with_wrong_arguments(way: str, wrong: str) -> None:
+    """Its peers hear of it, and do not wait until their timeout."""
+
+    def body(rank: int, group: Any) -> list[Any]:
+        call = (
+            WRONG[wrong]
+            if rank == 1
+            else lambda group: measure_noise(Net(group), draws((3, 6), 8), [1, 2], process_group=group)
+        )
+        with pytest.raises((ValueError, TypeError, syncbn.RankMismatchError)) as caught:
+            call(group)
+        assert syncbn.steps.vote(True, process_group=group)
+        return [caught.value]
+
+    started = time.monotonic()
+    (first,), (error,), (last,) = run_ranks(3, body)
+    assert time.monotonic() - started < 5.0
+    assert isinstance(error, TypeError if wrong.startswith("no ") and wrong != "no layers" else ValueError)
+    for peer in (first, last):
+        assert isinstance(peer, syncbn.RankMismatchError) and peer.refused_by == (1,)
 
 
 def test_a_group_of_one_value(way: str) -> None:
@@ -558,7 +585,7 @@ def test_ranks_in_other_steps(way: str) -> None:
 def test_layers_that_differ_are_no_reason_to_stop() -> None:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diagnostics.warnings, "warn", lambda text, *args, **kwargs: said.append(text))
+        patch.setattr(warnings, "warn", lambda text, *args, **kwargs: said.append(text))
 
         def quiet(rank: int, group: Any) -> Any:
             model = nn.Sequential(nn.BatchNorm1d(6), nn.BatchNorm1d(6).train(rank == 0))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,8 @@ pytest.importorskip("markdown_it", reason="markdown-it-py is not installed (depe
 
 import syncbn
 from helpers import pages
-from helpers.pages import ROOT
+from helpers.commands import ROOT, mpiexec, must, needs_mpi4py, needs_mpiexec, run
+from helpers.floors import FLOOR
 from helpers.processes import run_processes
 
 DOCS = ROOT / "docs"
@@ -50,13 +50,10 @@ def test_python_runs_on_two_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
+@needs_mpi4py
+@needs_mpiexec
 def test_python_runs_under_mpi() -> None:
-    test_mpi: Any = pytest.importorskip("test_mpi")
-    if test_mpi.MPIEXEC is None:
-        pytest.skip("no mpiexec in PATH or beside this Python: syncbn[mpi]")
-    pytest.importorskip("mpi4py", reason="mpi4py is not installed: syncbn[mpi]")
-    done = test_mpi.mpiexec(2, "../docs_page.py", str(ROOT / UNDER_MPI))
-    assert done.returncode == 0, done.stdout
+    must(mpiexec(2, "docs_page.py", str(ROOT / UNDER_MPI)))
 
 
 @every_page
@@ -131,8 +128,8 @@ def test_names_exist(page: pages.Page) -> None:
             module, *rest = found[1].split(".")
             if module == "mpi":
                 continue  # (importing it would start MPI here)
-            is_file = (ROOT / "syncbn" / f"{module}.py").exists()
-            thing = importlib.import_module(f"syncbn.{module}") if is_file else getattr(syncbn, module)
+            is_module = any((ROOT / "syncbn" / name).exists() for name in (f"{module}.py", f"{module}/__init__.py"))
+            thing = importlib.import_module(f"syncbn.{module}") if is_module else getattr(syncbn, module)
             for part in rest:
                 thing = getattr(thing, part)
 
@@ -140,9 +137,7 @@ def test_names_exist(page: pages.Page) -> None:
 @pytest.mark.integration
 def test_the_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("furo", reason="sphinx, myst-parser and furo are not installed (dependency group: docs)")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
+    must(run(sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", DOCS, tmp_path))
     reference = (tmp_path / "api" / "index.html").read_text()
     for name in syncbn.__all__:
         assert f'id="syncbn.{name}"' in reference or f'id="module-syncbn.{name}"' in reference, name
@@ -151,6 +146,17 @@ def test_the_site_builds(tmp_path: Path) -> None:
             built = (tmp_path / page.path.relative_to(DOCS)).with_suffix(".html").read_text()
             assert not re.search(r"<!-- python|\$\$|\{eval-rst\}", re.sub(r"<!--.*?-->", "", built, flags=re.DOTALL))
             assert not re.search(r"https?://[^\"']*\.js", built), "a page needs a script from elsewhere"
+
+
+def test_the_pictures_are_those_of_the_code() -> None:
+    """The committed pictures are what the script draws today, out of the floors that ``test_layers.py`` enforces."""
+    specification = importlib.util.spec_from_file_location("draw", DOCS / "pictures" / "draw.py")
+    assert specification is not None and specification.loader is not None
+    draw = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(draw)
+    for name, picture in draw.PICTURES.items():
+        assert (DOCS / "pictures" / name).read_text() == picture(), "run: python docs/pictures/draw.py"
+    assert set(draw.BATCH) <= set(FLOOR)
 
 
 def test_a_wrong_piece_fails(tmp_path: Path) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,42 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
-DEADLINE = 100.0
+from helpers import commands
+from helpers.commands import EXAMPLES, ROOT, environment, must
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra: examples)")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: examples)")
 pytest.importorskip("tqdm", reason="tqdm is not installed (extra: examples)")
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run Python with `command` in a process group of its own, which does not outlive the deadline."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=DEADLINE)
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
 def launch(ranks: int, script: str, *arguments: str | Path) -> str:
     """Run an example on `ranks` ranks; it must succeed. Returns what it printed."""
-    result = run("-m", "syncbn.launch", "-n", str(ranks), EXAMPLES / script, *arguments)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return must(commands.launch(ranks, script, *arguments))
+
+
+def alone(script: str, *arguments: str | Path) -> commands.Done:
+    """Run an example as it is, in one process."""
+    return commands.run(sys.executable, EXAMPLES / script, *arguments, env=environment(PYTHONWARNINGS="default"))
 
 
 @pytest.fixture
@@ -61,10 +37,10 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The examples as modules, importable as they are among themselves."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import batch_renorm
+    import digits
     import equivalence
-    import small_batch
 
-    return {"small_batch": small_batch, "equivalence": equivalence, "batch_renorm": batch_renorm}
+    return {"digits": digits, "equivalence": equivalence, "batch_renorm": batch_renorm}
 
 
 @pytest.mark.integration
@@ -78,7 +54,7 @@ def test_small_batch_shows_the_gap(tmp_path: Path) -> None:
     assert accuracy["sync"] > accuracy["local"] + 20, accuracy
     assert float(rows["sync"]["train_loss"]) < 0.5 * float(rows["local"]["train_loss"])
     assert (tmp_path / "small_batch.png").read_bytes().startswith(b"\x89PNG")
-    assert "| 2 |" in out and str(tmp_path / "small_batch.png") in out
+    assert "| 2 |" in out and f"wrote CSV and PNG to {tmp_path}" in out
 
 
 @pytest.mark.integration
@@ -221,9 +197,9 @@ def test_training_resumes_on_any_number_of_ranks(tmp_path: Path) -> None:
         if ranks > 1:
             out = launch(ranks, "train.py", "--epochs", "2", "--checkpoint", path)
         else:
-            alone = run(EXAMPLES / "train.py", "--epochs", "2", "--checkpoint", path)
-            assert alone.returncode == 0 and "Warning" not in alone.stderr, alone.stderr
-            out = alone.stdout
+            done = alone("train.py", "--epochs", "2", "--checkpoint", path)
+            out = must(done)
+            assert "Warning" not in done.stderr, done.stderr
         assert "after epoch 1" in out and "epoch 2: " in out and "epoch 1: " not in out
         assert float(out.rsplit("test accuracy ", 1)[1].split()[0]) > 95
         assert distance(load(path)["model"], whole) <= (0.0 if ranks == 4 else 1e-5), ranks
@@ -232,17 +208,17 @@ def test_training_resumes_on_any_number_of_ranks(tmp_path: Path) -> None:
 @pytest.mark.integration
 @pytest.mark.parametrize("script", ["small_batch.py", "equivalence.py"])
 def test_examples_for_ranks_say_how_to_start_them(script: str) -> None:
-    result = run(EXAMPLES / script)
+    result = alone(script)
     assert result.returncode == 2
     assert f"python -m syncbn.launch -n 4 examples/{script}" in result.stderr.splitlines()[-1]
 
 
 def test_local_mean_losses_give_another_gradient(modules: dict[str, ModuleType]) -> None:
     """The loss contract for uneven ranks, and by how much a mean over each rank's own samples misses it."""
-    data = modules["small_batch"].load_data()
+    data = modules["digits"].load_data()
     misses = []
     for seed in range(20):
-        model = modules["small_batch"].build_mlp("local", seed).double()
+        model = modules["digits"].build_mlp("local", seed).double()
         batch = torch.randint(len(data.train_x), (10,), generator=torch.Generator().manual_seed(seed))
         losses = F.cross_entropy(model(data.train_x[batch].double()), data.train_y[batch], reduction="none")
         ranks = (losses[:8], losses[8:])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,25 +15,17 @@ import torch.distributed as dist
 from torch import nn
 
 import syncbn
-from helpers import spawned
+from helpers.faults import run_faulty
+from helpers.links import SEE_EACH_RANK, Arrival, Late, connect, link_of
 from helpers.oracle import close
 from helpers.ranks import outcomes, run_ranks
 from programs import faults
-from programs.faults import Fault, batch, process_main, train
-from syncbn import comm, header
+from programs.faults import Fault, batch, train
+from syncbn.comm.base import checks
+from syncbn.steps import vote
 
 TIMEOUT = 1.0
-HERE = Path(__file__).parent
 WORLDS = (2, 3)
-WAYS = ("one hop", "all-reduce")
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How messages travel on gloo."""
-    if request.param == "all-reduce":
-        monkeypatch.setattr(comm, "ONE_HOP_LIMIT", 1)
-    return request.param
 
 
 def check_lost(reports: list[dict[str, Any]], fault: Fault, direction: str, layer: str, timeout: float) -> None:
@@ -49,7 +38,7 @@ def check_lost(reports: list[dict[str, Any]], fault: Fault, direction: str, laye
         assert f"{direction} of layer {layer!r} (8 channels" in report["text"]
         assert f"Not arrived: rank {fault.rank}." in report["text"]
         assert f"This is rank {rank} of a group of {len(reports)}" in report["text"]
-        assert "The backend said: " in report["text"]
+        assert "What is known: " in report["text"]
         assert report["seconds"] < timeout + 1.0
 
 
@@ -60,7 +49,7 @@ def check_mismatch(reports: list[dict[str, Any]], fault: Fault, way: str, mine: 
         own = mine if rank == fault.rank else theirs
         assert own in report["text"]
         assert report["seconds"] < 1.0
-        if way == "one hop":
+        if way in SEE_EACH_RANK:
             others = " and ".join(str(other) for other in range(len(reports)) if other != fault.rank)
             assert f"rank {others}: {theirs}" in report["text"]
             assert f"rank {fault.rank}: {mine}" in report["text"]
@@ -113,7 +102,7 @@ def test_wrong_input_on_one_rank(way: str, world: int) -> None:
         assert report["error"] == "RankMismatchError"
         assert "forward of layer 'bn2'" in report["text"]
         assert "rank 0 could not make the call" in report["text"]
-        if way == "one hop":
+        if way in SEE_EACH_RANK:
             assert "expected 8 channels" in report["text"]
 
 
@@ -186,7 +175,7 @@ def test_not_finite_on_one_rank(way: str, world: int) -> None:
         assert all(torch.equal(value, reports[0]["state"][name]) for name, value in report["state"].items())
     texts = [str(warning.message) for warning in warned]
     # bn2 meets the NaN of one rank. Its output is not finite on any rank, and so all of them bring some to bn3.
-    everyone = "rank " + ", ".join(map(str, range(world))) if way == "one hop" else f"{world} ranks of {world}"
+    everyone = "rank " + ", ".join(map(str, range(world))) if way in SEE_EACH_RANK else f"{world} ranks of {world}"
     for layer, who in (("bn2", f"rank {fault.rank}"), ("bn3", everyone)):
         said = [text for text in texts if f"layer {layer!r}" in text]
         assert len(said) == world, said  # each rank says it once
@@ -322,61 +311,6 @@ def test_a_rank_that_hung_up_first_is_not_blamed(way: str) -> None:
 # ---- processes
 
 
-class Rank:
-    """A process, and the report that it left."""
-
-    def __init__(self, process: Any, report: Path) -> None:
-        self.process = process
-        self.code: int = process.exitcode
-        self.report: dict[str, Any] = json.loads(report.read_text()) if report.exists() else {}
-
-
-def run_processes(
-    world: int,
-    fault: Fault,
-    folder: Path,
-    timeout: float,
-    one_hop: bool = True,
-    wake: float | None = None,
-    convert: Any = None,
-) -> list[Rank]:
-    """Run the ranks to their end; a stopped one is woken after ``wake`` seconds, or else once the others have ended."""
-    args = [(rank, world, str(folder), fault, timeout, one_hop, convert) for rank in range(world)]
-    processes = [spawned.context().Process(target=process_main, args=each, daemon=True) for each in args]
-    for process in processes:
-        process.start()
-    stopped = processes[fault.rank]
-    try:
-        if fault.kind == "stop":
-            wait_until_stopped(stopped.pid)
-            if wake is not None:
-                time.sleep(wake)
-                os.kill(stopped.pid, signal.SIGCONT)
-        for process in processes:
-            if process is not stopped:
-                process.join(20.0)
-        if fault.kind == "stop" and wake is None:
-            os.kill(stopped.pid, signal.SIGCONT)
-        stopped.join(20.0)
-        assert [process.is_alive() for process in processes] == [False] * world
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-                process.join()
-    assert not any(Path(f"/proc/{process.pid}").exists() for process in processes), "a process was left behind"
-    return [Rank(process, folder / f"{rank}.json") for rank, process in enumerate(processes)]
-
-
-def wait_until_stopped(pid: int) -> None:
-    deadline = time.monotonic() + 20.0
-    while time.monotonic() < deadline:
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"process {pid} was not stopped")
-
-
 @pytest.mark.integration
 @pytest.mark.parametrize("phase", WAITING)
 @pytest.mark.parametrize("world", WORLDS)
@@ -384,7 +318,7 @@ def wait_until_stopped(pid: int) -> None:
 def test_a_process_ends(tmp_path: Path, kind: str, code: int, world: int, phase: str) -> None:
     """The others hear of it at once, through the closed connection, and end with an exception."""
     fault = Fault(kind, phase, rank=world - 1)
-    ranks = run_processes(world, fault, tmp_path, timeout=10.0)
+    ranks = run_faulty(world, fault, tmp_path, timeout=10.0)
     assert [rank.code for rank in ranks] == [1] * (world - 1) + [code]
     check_lost([rank.report for rank in ranks], fault, *WAITING[phase], timeout=1.0)
 
@@ -394,7 +328,7 @@ def test_a_process_ends(tmp_path: Path, kind: str, code: int, world: int, phase:
 @pytest.mark.parametrize("kind", ["exit", "kill"])
 def test_a_process_ends_under_all_reduce(tmp_path: Path, kind: str, world: int) -> None:
     fault = Fault(kind, "backward", rank=world - 1)
-    ranks = run_processes(world, fault, tmp_path, timeout=10.0, one_hop=False)
+    ranks = run_faulty(world, fault, tmp_path, timeout=10.0, way="all-reduce")
     assert [rank.code for rank in ranks] == [1] * (world - 1) + [3 if kind == "exit" else -signal.SIGKILL]
     check_lost([rank.report for rank in ranks], fault, "backward", "bn2", timeout=1.0)
 
@@ -405,7 +339,7 @@ def test_a_process_ends_under_all_reduce(tmp_path: Path, kind: str, world: int) 
 def test_a_process_stops(tmp_path: Path, world: int, phase: str) -> None:
     """The others wait for the timeout. Woken up after that, the stopped rank finds itself alone, and ends as well."""
     fault = Fault("stop", phase, rank=world - 1)
-    ranks = run_processes(world, fault, tmp_path, timeout=TIMEOUT)
+    ranks = run_faulty(world, fault, tmp_path, timeout=TIMEOUT)
     assert [rank.code for rank in ranks] == [1] * world
     check_lost([rank.report for rank in ranks], fault, *WAITING[phase], TIMEOUT)
     assert ranks[fault.rank].report["error"] == "PeerLostError"
@@ -416,7 +350,7 @@ def test_a_process_stops(tmp_path: Path, world: int, phase: str) -> None:
 @pytest.mark.parametrize("phase", WAITING)
 def test_a_process_stops_for_a_moment(tmp_path: Path, phase: str) -> None:
     """Less than the timeout: nothing happens."""
-    ranks = run_processes(3, Fault("stop", phase), tmp_path, timeout=20.0, wake=0.3)
+    ranks = run_faulty(3, Fault("stop", phase), tmp_path, timeout=20.0, wake=0.3)
     assert [rank.code for rank in ranks] == [0, 0, 0]
     assert [rank.report["error"] for rank in ranks] == [None] * 3
 
@@ -424,29 +358,8 @@ def test_a_process_stops_for_a_moment(tmp_path: Path, phase: str) -> None:
 # ---- a device: its checks come late
 
 
-class Arrival:
-    """Stands for a CUDA event that a test completes."""
-
-    arrived = False
-
-    def query(self) -> bool:
-        return Arrival.arrived
-
-    def synchronize(self) -> None:
-        Arrival.arrived = True
-
-
-class Late(comm.AllReduce):
-    """The path of a device, on the CPU: its slots are looked at when they have arrived."""
-
-    _on_cpu = comm.AllReduce._on_device
-
-    def _check_later(self, slots: torch.Tensor, call: header.Call, width: int) -> None:
-        self._late.append((Arrival(), slots.clone(), call, width, self._number))
-
-
 def _two_layers(group: Any) -> list[syncbn.SyncBatchNorm]:
-    comm._links[group] = {"cpu": Late(group, torch.device("cpu"))}
+    connect(group, Late(group, torch.device("cpu")))
     layers = [syncbn.SyncBatchNorm(4, process_group=group) for _ in range(2)]
     for name, layer in zip("ab", layers, strict=True):
         layer.layer_name = name
@@ -467,7 +380,7 @@ def test_a_device_finds_out_later(how: str) -> None:
         Arrival.arrived = True
         with pytest.raises(syncbn.RankMismatchError) as caught:
             if how == "settle":
-                comm.link(group, torch.device("cpu")).settle()
+                link_of(group).settle()
             else:
                 layers[0](torch.ones(2, 4))
         return str(caught.value)
@@ -477,7 +390,7 @@ def test_a_device_finds_out_later(how: str) -> None:
 
 
 def test_a_device_may_be_told_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comm, "_checks", "sync")
+    monkeypatch.setenv("SYNCBN_CHECKS", "sync")
 
     def body(rank: int, group: Any) -> None:
         layers = _two_layers(group)
@@ -492,7 +405,7 @@ def test_a_device_may_be_told_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_checks_off_compares_nothing_and_hears_refusals(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What other implementations do: layers of equal width mix. A rank that gave up is heard all the same."""
-    monkeypatch.setattr(comm, "_checks", "off")
+    monkeypatch.setenv("SYNCBN_CHECKS", "off")
 
     def body(rank: int, group: Any) -> torch.Tensor:
         layers = [syncbn.SyncBatchNorm(4, process_group=group) for _ in range(2)]
@@ -510,7 +423,7 @@ def test_checks_off_compares_nothing_and_hears_refusals(way: str, monkeypatch: p
 
 def test_checks_off_never_aborts_on_wide_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the first message come the rests of wide ones: of different lengths they would abort the process."""
-    monkeypatch.setattr(comm, "_checks", "off")
+    monkeypatch.setenv("SYNCBN_CHECKS", "off")
 
     def body(rank: int, group: Any) -> None:
         with pytest.raises(syncbn.RankMismatchError, match=r"12000 channels.*9000 channels"):
@@ -519,25 +432,68 @@ def test_checks_off_never_aborts_on_wide_layers(monkeypatch: pytest.MonkeyPatch)
     run_ranks(2, body, timeout=TIMEOUT)
 
 
-@pytest.mark.parametrize(("value", "code"), [("ON", 0), ("sync", 0), ("of", 1)])
-def test_values_of_the_switch(value: str, code: int) -> None:
-    """Checked on import, before anything runs."""
-    run = subprocess.run(
-        [sys.executable, "-c", "import syncbn.comm as c; print(c._checks)"],
-        env={**os.environ, "SYNCBN_CHECKS": value},
-        cwd=HERE.parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert run.returncode == code, run.stderr
-    if code:
-        assert f"SYNCBN_CHECKS must be on, off or sync, got {value!r}" in run.stderr
-    else:
-        assert run.stdout.strip() == value.lower()
+def test_values_of_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, means in [("ON", "on"), ("sync", "sync"), ("", "on"), ("off", "off")]:
+        monkeypatch.setenv("SYNCBN_CHECKS", value)
+        assert checks() == means
+    monkeypatch.setenv("SYNCBN_CHECKS", "of")
+    with pytest.raises(ValueError, match="SYNCBN_CHECKS must be on, off or sync, got 'of'"):
+        checks()
 
 
-# ---- before training: the manifest
+def test_a_value_that_the_switch_does_not_have(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised on every rank in its first exchange."""
+    monkeypatch.setenv("SYNCBN_CHECKS", "of")
+
+    def body(rank: int, group: Any) -> None:
+        with pytest.raises(ValueError, match="SYNCBN_CHECKS must be on, off or sync, got 'of'"):
+            syncbn.SyncBatchNorm(4, process_group=group)(torch.ones(2, 4))
+
+    run_ranks(2, body, timeout=TIMEOUT)
+
+
+def test_a_value_that_one_rank_alone_does_not_have(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its peers do not wait for it: they hear of it in each exchange, whoever makes it."""
+    made = threading.Barrier(2)
+
+    def body(rank: int, group: Any) -> None:
+        if rank == 0:
+            monkeypatch.setenv("SYNCBN_CHECKS", "of")
+            link_of(group)
+            monkeypatch.delenv("SYNCBN_CHECKS")
+        made.wait()
+        layer = syncbn.SyncBatchNorm(4, process_group=group)
+        own = "SYNCBN_CHECKS must be on, off or sync, got 'of'"
+        theirs = own if way in SEE_EACH_RANK else "rank 0 could not make the call"
+        for _ in range(2):
+            with pytest.raises(
+                ValueError if rank == 0 else syncbn.RankMismatchError, match=own if rank == 0 else theirs
+            ):
+                layer(torch.ones(2, 4))
+        with pytest.raises(ValueError, match=own) if rank == 0 else contextlib.nullcontext():
+            assert not vote(True, process_group=group)
+
+    run_ranks(2, body, timeout=TIMEOUT)
+
+
+def test_a_link_keeps_the_switch_that_it_was_made_with(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    switched = threading.Barrier(2)
+
+    def body(rank: int, group: Any) -> None:
+        layers = [syncbn.SyncBatchNorm(4, process_group=group) for _ in range(2)]
+        for name, layer in zip("ab", layers, strict=True):
+            layer.layer_name = name
+        layers[0](torch.ones(2, 4))
+        if switched.wait() == 0:
+            monkeypatch.setenv("SYNCBN_CHECKS", "off")
+        switched.wait()
+        with pytest.raises(syncbn.RankMismatchError):
+            layers[rank](torch.ones(2, 4))
+
+    run_ranks(2, body, timeout=TIMEOUT)
+
+
+# ---- before training: whether the ranks' layers agree
 
 
 def _net(rank: int, difference: str) -> nn.Module:

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections import deque
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -21,10 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import syncbn
+from helpers.links import SEE_EACH_RANK, WAYS, travel
 from helpers.oracle import TOLERANCE, close, rows, unrows
 from helpers.ranks import outcomes
-from syncbn import comm, header
-from syncbn.header import BACKWARD, BIAS_GRAD, FORWARD, INPUT_GRAD, WEIGHT_GRAD
+from syncbn import wire
+from syncbn.wire import BACKWARD, BIAS_GRAD, FORWARD, INPUT_GRAD, WEIGHT_GRAD
 
 LAYERS = ("a", "b", "c")
 CHANNELS = 3
@@ -44,16 +44,16 @@ class Step(NamedTuple):
     scale: float = 1.0
     kind: str = ""
 
-    def exchanges(self) -> list[tuple[header.Call, int]]:
+    def exchanges(self) -> list[tuple[wire.Call, int]]:
         """The calls that it makes, and their widths in float64."""
         if self.kind in ("skip", "eval"):
             return []
         channels = 2 * CHANNELS if self.kind == "wide" else CHANNELS
         flags = INPUT_GRAD | BIAS_GRAD | (0 if self.kind == "frozen" else WEIGHT_GRAD)
         if self.kind == "no_grad":
-            return [(header.Call(FORWARD, self.layer, 0), 2 * channels + 1)]
-        forward = header.Call(FORWARD, self.layer, flags), 2 * channels + 1
-        return [forward, (header.Call(BACKWARD, self.layer, flags), 2 * channels)]
+            return [(wire.Call(FORWARD, self.layer, 0), 2 * channels + 1)]
+        forward = wire.Call(FORWARD, self.layer, flags), 2 * channels + 1
+        return [forward, (wire.Call(BACKWARD, self.layer, flags), 2 * channels)]
 
     def count(self) -> int:
         """Values per channel."""
@@ -73,10 +73,10 @@ class Step(NamedTuple):
 
 
 class Scenario(NamedTuple):
-    """The programs of all ranks; ``one_hop``: how messages travel."""
+    """The programs of all ranks; ``way``: how messages travel."""
 
     programs: list[list[Step]]
-    one_hop: bool
+    way: str
 
 
 @st.composite
@@ -94,7 +94,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
     for _ in range(draw(st.integers(0, 2))):
         rank, number = draw(st.integers(0, world - 1)), draw(st.integers(0, length - 1))
         programs[rank][number] = odd_one(draw, programs[rank][number], draw(st.sampled_from(BENIGN + MALIGNANT)))
-    return Scenario(programs, draw(st.booleans()))
+    return Scenario(programs, draw(st.sampled_from(list(WAYS))))
 
 
 def odd_one(draw: st.DrawFn, call: Step, kind: str) -> Step:
@@ -129,9 +129,9 @@ def expected(scenario: Scenario) -> list[Expected] | None:
         heads = [queue[0] for queue in queues]
         refused = [call.kind in REFUSED for _, call, _ in heads]
         if any(refused) or len({(call, width) for _, _, (call, width) in heads}) > 1:
-            if not scenario.one_hop and not any(refused):
-                bytes_ = [header.encode(call, width, exchange) for _, _, (call, width) in heads]
-                if len({header.digest(each) for each in bytes_}) == 1:
+            if scenario.way not in SEE_EACH_RANK and not any(refused):
+                bytes_ = [wire.encode(call, width, exchange) for _, _, (call, width) in heads]
+                if len({wire.digest(each) for each in bytes_}) == 1:
                     return None
             errors = ["ValueError" if bad else "RankMismatchError" for bad in refused]
             return [Expected(head[0], error) for head, error in zip(heads, errors, strict=True)]
@@ -198,9 +198,8 @@ def check(scenario: Scenario) -> None:
     if awaited is None:
         return
     world = len(scenario.programs)
-    limit = comm.ONE_HOP_LIMIT if scenario.one_hop else 1
     started = time.monotonic()
-    with mock.patch.object(comm, "ONE_HOP_LIMIT", limit), warnings.catch_warnings():
+    with travel(scenario.way), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "batch statistics of layer", RuntimeWarning)
         seen = outcomes(world, run_rank, scenario.programs, threading.Barrier(world), timeout=5.0)
     assert time.monotonic() - started < 6.0

@@ -7,7 +7,6 @@ see that these tests are in order.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncbn
+from helpers import commands
+from helpers.commands import PROGRAMS, environment, must
+from helpers.links import forced
 from helpers.oracle import assert_matches, step, whole_batch
 from helpers.ranks import run_ranks
-from syncbn import comm, kernels
+from syncbn import kernels
 
-HERE = Path(__file__).parent
 GPU = torch.cuda.is_available()
 DEVICE = torch.device(os.environ.get("SYNCBN_TEST_DEVICE", "cuda"))
 pytestmark = [
@@ -51,7 +52,7 @@ def world(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
     backend = "nccl" if DEVICE.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        with comm.forced():
+        with forced():
             yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
@@ -96,12 +97,10 @@ def test_several_ranks_on_one_device(sizes: tuple[int, ...], dtype: torch.dtype,
 @pytest.mark.parametrize("what", ["kernels", "layer"])
 def test_the_kernels(what: str) -> None:
     """All tests of programs/device, as the interpreter runs them on a CPU."""
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"programs/device/{what}.py"], cwd=HERE,
-        env=variables | {"SYNCBN_TEST_DEVICE": "cuda"}, capture_output=True, text=True, timeout=1100,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    variables = environment(SYNCBN_TEST_DEVICE="cuda")
+    variables.pop("TRITON_INTERPRET", None)
+    command = "-m", "pytest", "-q", "-p", "no:cacheprovider", PROGRAMS / "device" / f"{what}.py"
+    must(commands.run(sys.executable, *command, deadline=1100.0, env=variables))
 
 
 @needs_cuda

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +9,27 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers.commands import EXAMPLES, launch, must, python
 from helpers.oracle import assert_matches, step, whole_batch
 from helpers.processes import run_processes
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
 
-ROOT = Path(__file__).parents[1]
 C = 5
 SIZES = [2, 3, 1, 4]  # samples of the ranks
 
 
-def example(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "syncbn.launch",
-        "-n",
-        str(ranks),
-        str(ROOT / "examples" / "groups.py"),
-        *arguments,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90, check=False)
-
-
 @pytest.mark.integration
 def test_the_example_holds() -> None:
-    result = example(4)
-    assert result.returncode == 0, result.stdout + result.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:]]
+    said = must(launch(4, "groups.py"))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()[2:]]
     assert [row[1] for row in rows] == ["[[0, 1, 2, 3]]", *["[[0, 1], [2, 3]]", "[[0, 2], [1, 3]]"] * 2, rows[1][1]]
-    assert all(row[3:] == ["True", "True", "yes"] and float(row[2]) <= 1e-12 for row in rows), result.stdout
+    assert all(row[3:] == ["True", "True", "yes"] and float(row[2]) <= 1e-12 for row in rows), said
 
 
 @pytest.mark.integration
 def test_the_example_refuses_ranks_that_do_not_divide() -> None:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "groups.py"), "--size", "2"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "3"},
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert result.returncode == 2 and "python -m syncbn.launch -n 4 examples/groups.py" in result.stderr
+    done = python(EXAMPLES / "groups.py", "--size", "2", WORLD_SIZE="3")
+    assert done.returncode == 2 and "python -m syncbn.launch -n 4 examples/groups.py" in done.stdout
 
 
 def data(rank: int) -> tuple[torch.Tensor, torch.Tensor]:

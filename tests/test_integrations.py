@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.metadata
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +18,13 @@ from torch.ao import quantization
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import syncbn
+from helpers.commands import PROGRAMS, ROOT, must, python
 from helpers.oracle import close
 from helpers.processes import run_processes
 from helpers.ranks import run_ranks
 from programs.integrations import STEPS, data, network, part, run, sgd, state, train
 from test_packaging import CONSTRAINTS
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "integrations.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", PAGE, flags=re.MULTILINE))
 RECIPES = {
@@ -151,21 +149,11 @@ def test_accelerate(results: Results) -> None:
         same(trained, whole())
 
 
-def python(*arguments: str | Path, deadline: float = 110.0) -> str:
-    """What a Python program of its own prints; it must succeed."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=deadline
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.integration
 @pytest.mark.skipif(not installed("lightning"), reason="lightning is not installed (extra: lightning)")
 def test_lightning(tmp_path: Path) -> None:
     torch.save(RECIPES, tmp_path / "recipes.pt")
-    python(ROOT / "tests" / "programs" / "lightning_script.py", tmp_path)
+    must(python(PROGRAMS / "lightning_script.py", tmp_path))
     for rank in range(2):
         results = torch.load(tmp_path / f"rank-{rank}.pt")
         same(results["fit"], whole())
@@ -184,17 +172,19 @@ def test_lightning(tmp_path: Path) -> None:
 @pytest.mark.skipif(not installed("pytorch-lightning"), reason="pytorch-lightning is not installed (integrations)")
 def test_the_other_package_of_lightning() -> None:
     """With `lightning` absent, and with both, in either order of imports."""
-    python(
-        "-c",
-        "import sys; sys.modules['lightning'] = None\n"
-        "from syncbn.lightning import SyncBatchNormPlugin\n"
-        "import pytorch_lightning\n"
-        "plugin = SyncBatchNormPlugin()\n"
-        "assert SyncBatchNormPlugin.__bases__ == (pytorch_lightning.plugins.LayerSync,)\n"
-        "pytorch_lightning.Trainer(plugins=[plugin], accelerator='cpu', logger=False, enable_checkpointing=False)\n"
-        "del sys.modules['lightning']\n"
-        "from lightning.pytorch.plugins import LayerSync\n"
-        "assert not isinstance(plugin, LayerSync) and isinstance(SyncBatchNormPlugin(), LayerSync)\n",
+    must(
+        python(
+            "-c",
+            "import sys; sys.modules['lightning'] = None\n"
+            "from syncbn.lightning import SyncBatchNormPlugin\n"
+            "import pytorch_lightning\n"
+            "plugin = SyncBatchNormPlugin()\n"
+            "assert SyncBatchNormPlugin.__bases__ == (pytorch_lightning.plugins.LayerSync,)\n"
+            "pytorch_lightning.Trainer(plugins=[plugin], accelerator='cpu', logger=False, enable_checkpointing=False)\n"
+            "del sys.modules['lightning']\n"
+            "from lightning.pytorch.plugins import LayerSync\n"
+            "assert not isinstance(plugin, LayerSync) and isinstance(SyncBatchNormPlugin(), LayerSync)\n",
+        )
     )
 
 

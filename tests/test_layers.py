@@ -5,31 +5,17 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import syncbn
+from helpers.commands import must, run
+from helpers.floors import FLOOR, FLOORS
 
 PACKAGE = Path(syncbn.__file__).parent
 
-# From the ground up: a module imports only from the floors below it (and a package within itself).
-FLOORS: tuple[tuple[str, ...], ...] = (
-    ("header", "moments", "recompute", "kernels", "mpi", "launch", "_check", "_worker"),
-    ("groups", "traced"),
-    ("comm",),
-    ("autograd", "steps"),
-    ("masked", "uneven"),
-    ("functional",),
-    ("modules",),
-    ("convert",),
-    ("accumulation", "manifest", "population"),
-    ("diagnostics", "lightning", "_doctor"),
-    ("__main__",),
-)
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 OPTIONAL = {"triton", "mpi4py", "lightning", "matplotlib", "sklearn", "tqdm", "yaml"}
 
@@ -40,7 +26,7 @@ def unit(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """All modules that a file imports, anywhere in it, dotted; ``from syncbn import comm`` as ``syncbn.comm``."""
+    """All modules that a file imports, anywhere in it, dotted; ``from syncbn import links`` as ``syncbn.comm``."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -55,7 +41,7 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down(path: Path) -> None:
     own = unit(path)
-    assert own in FLOOR, f"{own} has no floor yet: give it one in {Path(__file__).name}"
+    assert own in FLOOR, f"{own} has no floor yet: give it one in helpers/floors.py"
     for name in imported(path):
         first, *rest = name.split(".")
         if first != "syncbn" or rest[:1] == [own]:
@@ -65,23 +51,39 @@ def test_imports_point_down(path: Path) -> None:
         assert FLOOR[rest[0]] < FLOOR[own], f"{own} imports {rest[0]}, which is not below it"
 
 
-@pytest.mark.parametrize("name", ["moments", "header", "kernels", "functional", "modules"])
+def test_every_floor_is_of_modules_that_exist() -> None:
+    assert {unit(path) for path in SOURCES} == set(FLOOR)
+    assert len(FLOOR) == sum(map(len, FLOORS.values())), "a module has two floors"
+
+
+# Who does the arithmetic, and who keeps what it is done with.
+OF_ONE_RANK = ("channels", "masked", "moments", "memory", "messages", "kernels")
+
+
+@pytest.mark.parametrize("name", [*OF_ONE_RANK, "wire", "autograd", "functional", "modules"])
+def test_who_knows_nothing_of_process_groups(name: str) -> None:
+    paths = [path for path in SOURCES if unit(path) == name]
+    assert paths
+    for path in paths:
+        assert not any(module.startswith("torch.distributed") for module in imported(path)), path
+
+
+@pytest.mark.parametrize("name", OF_ONE_RANK)
 def test_who_knows_nothing_of_ranks(name: str) -> None:
+    """Kernels write into messages and read from them; who sends these, and to whom, they cannot ask."""
     for path in SOURCES:
         if unit(path) == name:
-            assert not any(module.startswith("torch.distributed") for module in imported(path))
+            own = {module.split(".")[1] for module in imported(path) if module.startswith("syncbn.")}
+            assert not own - {*OF_ONE_RANK, "wire", "_torch"}, f"{path} imports {own}"
 
 
-def test_the_launcher_needs_the_standard_library_alone() -> None:
-    path = PACKAGE / "launch.py"
-    if path.exists():
-        assert {name.split(".")[0] for name in imported(path)} <= sys.stdlib_module_names
+@pytest.mark.parametrize("name", ["wire", "launch"])
+def test_who_needs_the_standard_library_alone(name: str) -> None:
+    assert {module.split(".")[0] for module in imported(PACKAGE / f"{name}.py")} <= sys.stdlib_module_names
 
 
 def run_python(code: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=PACKAGE.parent)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return must(run(sys.executable, "-c", code)).split()
 
 
 def test_import_is_light() -> None:
@@ -100,7 +102,9 @@ def test_import_is_light() -> None:
 
 def test_the_front_door_shows_names_only() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    assert all(isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.Expr) for node in tree.body)
+    names = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.Expr)]
+    assert [node.name for node in names if isinstance(node, ast.FunctionDef)] == ["__getattr__", "__dir__"]
+    assert len(names) == 2
     assert sorted(syncbn.__all__) == syncbn.__all__
     assert all(hasattr(syncbn, name) for name in syncbn.__all__)
 

@@ -13,26 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
+from helpers.links import WAYS, forced, recorded, travel
 from helpers.oracle import Outcome, assert_matches, close, rows, unrows, whole_batch
-from helpers.ranks import outcomes, run_ranks, split
-from syncbn import RankMismatchError, SyncBatchNorm, comm, functional, header, masked
+from helpers.ranks import outcomes, peers_of, run_ranks, split
+from syncbn import RankMismatchError, SyncBatchNorm, functional, masked, wire
 
 C = 3
 UNIT = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
-WAYS = ("one hop", "all-reduce", "alone")
-
-
-@pytest.fixture(params=WAYS)
-def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Three ranks, by either way of sending messages, or one without a group."""
-    if request.param == "all-reduce":
-        monkeypatch.setattr(comm, "ONE_HOP_LIMIT", 1)
-    return 1 if request.param == "alone" else 3
-
-
-def group_of(group: Any) -> Any:
-    """A group of one rank would be told apart from none by nothing but messages to nobody."""
-    return group if group.size() > 1 else None
 
 
 def random_masks(xs: Sequence[Tensor], share: float = 0.6, seed: int = 0) -> list[Tensor]:
@@ -128,7 +115,7 @@ def run(
     **options: Any,
 ) -> list[dict[str, Any]]:
     def body(rank: int, group: Any) -> dict[str, Any]:
-        layer = layer_like(xs[rank], group_of(group), **options)
+        layer = layer_like(xs[rank], peers_of(group), **options)
         return step(layer, xs[rank], masks[rank], gs[rank], None if residuals is None else residuals[rank])
 
     return run_ranks(len(xs), body)
@@ -198,7 +185,7 @@ def cases(draw: st.DrawFn) -> Case:
             x = torch.where(mask, x, padding)
         xs.append(x)
         masks.append(None if kind == "none" else mask)
-    return xs, masks, draw(st.booleans())
+    return xs, masks, draw(st.sampled_from(list(WAYS)))
 
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -220,16 +207,14 @@ def test_fuzz_any_partition_and_mask(case: Case) -> None:
 
 
 def check(case: Case) -> None:
-    xs, masks, one_hop = case
+    xs, masks, way = case
     gs = [torch.randn_like(x) for x in xs]
     n = sum(int(valid_rows(mask, x).sum()) for mask, x in zip(masks, xs, strict=True))
 
     def body(rank: int, group: Any) -> dict[str, Any]:
-        return step(layer_like(xs[rank], group_of(group)), xs[rank], masks[rank], gs[rank])
+        return step(layer_like(xs[rank], peers_of(group)), xs[rank], masks[rank], gs[rank])
 
-    with pytest.MonkeyPatch.context() as patch:
-        if not one_hop:
-            patch.setattr(comm, "ONE_HOP_LIMIT", 1)
+    with travel(way):
         results = outcomes(len(xs), body)
     if n == 1:
         assert all(isinstance(result, ValueError) and "more than 1 value" in str(result) for result in results)
@@ -258,7 +243,7 @@ def check(case: Case) -> None:
 
 @pytest.mark.parametrize("ratio", [1e3, 1e4])
 def test_far_data_are_as_exact_as_without_a_mask(ratio: float, world: int) -> None:
-    """Against the same values as a batch of their own, in float32: no worse than twice the error without a mask."""
+    """Against the same values as a batch of their own, in float32: twice the error without a mask, within rounding."""
     generator = torch.Generator().manual_seed(2)
     xs = [torch.randn(n, C, 9000, generator=generator).add_(ratio) for n in (8, 3, 5)[:world]]  # no small input
     masks = random_masks(xs, 0.5)
@@ -267,9 +252,9 @@ def test_far_data_are_as_exact_as_without_a_mask(ratio: float, world: int) -> No
     packed = [rows(x)[valid_rows(mask, x)].float() for x, mask in zip(xs, masks, strict=True)]
 
     def body(rank: int, group: Any) -> list[Tensor]:
-        layers = [SyncBatchNorm(C, momentum=1.0, process_group=group_of(group)) for _ in range(2)]
+        layers = [SyncBatchNorm(C, momentum=1.0, process_group=peers_of(group)) for _ in range(2)]
         y = layers[0](xs[rank], mask=masks[rank])
-        with comm.forced():
+        with forced():
             alone = layers[1](packed[rank])
         valid = valid_rows(masks[rank], xs[rank])
         wanted = rows(expected.y[rank])[valid]
@@ -281,7 +266,7 @@ def test_far_data_are_as_exact_as_without_a_mask(ratio: float, world: int) -> No
         ]
 
     for errors, differences in run_ranks(world, body):
-        assert errors[0] <= 2 * errors[1] + 1e-7
+        assert errors[0] <= 2 * errors[1] + 1e-6
         assert differences[0] <= 2**-23 * ratio and differences[1] <= 1e-6
 
 
@@ -293,7 +278,7 @@ def test_half_counts_beyond_its_range(world: int) -> None:
     mask[..., :70_000] = True
 
     def body(rank: int, group: Any) -> SyncBatchNorm:
-        layer = SyncBatchNorm(2, momentum=1.0, process_group=group_of(group))
+        layer = SyncBatchNorm(2, momentum=1.0, process_group=peers_of(group))
         layer(x[rank : rank + 1], mask=mask[rank : rank + 1])
         return layer
 
@@ -314,18 +299,11 @@ def test_a_mask_of_all_positions_is_none(world: int) -> None:
         assert_matches(run(xs, masks, gs), expected, torch.float64)
 
 
-def test_messages_are_those_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, int]] = []
-    exchange = comm.OneHop.exchange
-
-    def record(self: comm.OneHop, payload: Tensor, call: header.Call) -> list[Tensor]:
-        calls.append((call.kind, payload.numel()))
-        return exchange(self, payload, call)
-
-    monkeypatch.setattr(comm.OneHop, "exchange", record)
+def test_messages_are_those_without_a_mask() -> None:
     xs = [torch.randn(2, C, 4) for _ in range(2)]
-    run(xs, random_masks(xs), xs)
-    assert sorted(calls) == [(header.FORWARD, 2 * C + 1)] * 2 + [(header.BACKWARD, 2 * C)] * 2
+    with recorded() as calls:
+        run(xs, random_masks(xs), xs)
+    assert sorted(call[1:] for call in calls) == [(wire.FORWARD, 2 * C + 1)] * 2 + [(wire.BACKWARD, 2 * C)] * 2
 
 
 # ---- padding
@@ -378,12 +356,12 @@ def test_padding_left_out_of_the_loss_is_a_batch_of_the_valid_rows(world: int) -
 
     def body(rank: int, group: Any) -> None:
         n, x, g = lengths[rank], sequences[rank].clone().requires_grad_(), gs[rank]
-        layer, other = (layer_like(x.mT, group_of(group)) for _ in range(2))
+        layer, other = (layer_like(x.mT, peers_of(group)) for _ in range(2))
         mask = masked.sequence_mask(n, x.shape[1])
         y = layer(x.mT, mask=mask).mT
         (gradient,) = torch.autograd.grad((y * g * mask.mT).sum(), x)
         packed = nn.utils.rnn.pack_padded_sequence(x, n, batch_first=True, enforce_sorted=False)
-        with comm.forced():
+        with forced():
             normalized = packed._replace(data=other(packed.data))
         unpacked, _ = nn.utils.rnn.pad_packed_sequence(normalized, batch_first=True)
         (expected,) = torch.autograd.grad((unpacked * g).sum(), x)
@@ -401,7 +379,7 @@ def test_one_valid_position_in_the_global_batch(world: int) -> None:
     """Raised on every rank, also where the batch has many positions."""
 
     def body(rank: int, group: Any) -> str:
-        layer = SyncBatchNorm(C, process_group=group_of(group))
+        layer = SyncBatchNorm(C, process_group=peers_of(group))
         mask = torch.zeros(4, 1, 5, dtype=torch.bool)
         mask[0, 0, 0] = rank == 0
         # One of the others has no mask, and no sample.
@@ -417,7 +395,7 @@ def test_one_valid_position_in_the_global_batch(world: int) -> None:
 
 def test_no_valid_position_anywhere(world: int) -> None:
     def body(rank: int, group: Any) -> None:
-        layer = layer_like(torch.empty(1, C), group_of(group))
+        layer = layer_like(torch.empty(1, C), peers_of(group))
         x = torch.randn(2, C, 4, requires_grad=True)
         y = layer(x, mask=torch.zeros(2, 1, 4, dtype=torch.bool))
         y.sum().backward()
@@ -486,10 +464,10 @@ def test_evaluation(world: int) -> None:
     masks = random_masks(xs)
 
     def body(rank: int, group: Any) -> None:
-        layer = layer_like(xs[rank], group_of(group)).eval()
+        layer = layer_like(xs[rank], peers_of(group)).eval()
         if rank == 0:  # the others do not even call
             assert torch.equal(layer(xs[rank], mask=masks[rank]), layer(xs[rank]))
-        bare = SyncBatchNorm(C, track_running_stats=False, process_group=group_of(group)).double().eval()
+        bare = SyncBatchNorm(C, track_running_stats=False, process_group=peers_of(group)).double().eval()
         if rank == 0:
             alone = masked_batch(xs[:1], masks[:1], xs[:1])
             close(bare(xs[0], mask=masks[0]), alone.y[0], 1e-12, 1e-12, "y")
@@ -509,7 +487,7 @@ def test_autograd_checks(world: int) -> None:
     def body(rank: int, group: Any) -> list[Tensor]:
         x = xs[rank].clone().requires_grad_()
         y = functional.sync_batch_norm(
-            x, None, None, weight, None, training=True, process_group=group_of(group), mask=masks[rank]
+            x, None, None, weight, None, training=True, process_group=peers_of(group), mask=masks[rank]
         )
         (first,) = torch.autograd.grad((y**3 * gs[rank]).sum(), x, create_graph=True)
         (second,) = torch.autograd.grad((first**2 * (1 + rank)).sum(), x)
@@ -557,7 +535,7 @@ def test_func_grad(world: int) -> None:
     def body(rank: int, group: Any) -> Tensor:
         def loss(x: Tensor) -> Tensor:
             y = functional.sync_batch_norm(
-                x, None, None, training=True, process_group=group_of(group), mask=masks[rank]
+                x, None, None, training=True, process_group=peers_of(group), mask=masks[rank]
             )
             return (y * gs[rank]).sum()
 
@@ -584,7 +562,7 @@ def test_checkpointing_counts_once(use_reentrant: bool, world: int) -> None:
     plain = run(xs, masks, gs)
 
     def body(rank: int, group: Any) -> dict[str, Any]:
-        layer = layer_like(xs[rank], group_of(group))
+        layer = layer_like(xs[rank], peers_of(group))
 
         def forward(x: Tensor, _: Tensor | None, mask: Tensor) -> Any:
             return checkpoint(lambda x: layer(x, mask=mask), x, use_reentrant=use_reentrant)
@@ -626,7 +604,7 @@ def test_global_moments(world: int) -> None:
 
     def body(rank: int, group: Any) -> tuple[Tensor, ...]:
         x = torch.where(masks[rank], xs[rank], float("nan")).requires_grad_()
-        count, mean, var = functional.global_moments(x, process_group=group_of(group), mask=masks[rank])
+        count, mean, var = functional.global_moments(x, process_group=peers_of(group), mask=masks[rank])
         if rank == 0:
             ((mean * 2).sum() + var.sum() * 3).backward()
         else:  # (the loss is the sum of the ranks' losses)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncbn.moments import Moments, merge, unpack, unpack_raw, update_running_stats
+from syncbn.memory import update_running_stats
+from syncbn.moments import Moments, merge, unpack, unpack_raw
 
 C = 3
 
@@ -59,7 +60,7 @@ def test_merge_does_not_cancel() -> None:
     assert not torch.allclose(unpack_raw(raw(z + 2.0**30)).var, z.var(0, correction=0), rtol=1e-1)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [2, 3])
 def test_merge_returns_new_tensors(count: int) -> None:
     """Its parts may lie in a buffer that the next exchange overwrites."""
     buffer = packed(of(torch.randn(4, C)))
@@ -67,6 +68,11 @@ def test_merge_returns_new_tensors(count: int) -> None:
     before = packed(total)
     buffer.zero_()
     assert torch.equal(packed(total), before)
+
+
+def test_merge_of_one_part_is_that_part() -> None:
+    part = of(torch.randn(4, C))
+    assert merge([part]) is part
 
 
 def test_unpack() -> None:

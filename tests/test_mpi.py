@@ -2,65 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
-PROGRAMS = TESTS / "programs" / "mpi"
-MPIEXEC = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+from helpers.commands import PROGRAMS, mpiexec, needs_mpi4py, needs_mpiexec, python
 
-pytestmark = [
-    pytest.mark.mpi,
-    pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed: syncbn[mpi]"),
-    pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec in PATH or beside this Python: syncbn[mpi]"),
-]
-
-
-def run(command: list[str], deadline: float = 60.0, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command that a missed deadline ends: mpiexec, told to terminate, takes its ranks with it."""
-    path = os.pathsep.join(filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
-    process = subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=deadline)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
-        output, _ = process.communicate(timeout=10)
-        pytest.fail(f"{' '.join(command)} was not done after {deadline} s:\n{output}")
-    return subprocess.CompletedProcess(command, process.returncode, output)
-
-
-def mpi_options() -> list[str]:
-    """Open MPI refuses to start as root, and more ranks than cores, unless it is told to."""
-    version = run([str(MPIEXEC), "--version"]).stdout
-    return ["--allow-run-as-root", "--oversubscribe"] if "Open MPI" in version or "OpenRTE" in version else []
-
-
-def mpiexec(ranks: int, program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, "-m", "mpi4py", str(PROGRAMS / program), *arguments]
-    return run([str(MPIEXEC), *mpi_options(), "-n", str(ranks), *script], **variables)
+pytestmark = [pytest.mark.mpi, needs_mpi4py, needs_mpiexec]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_collectives(ranks: int) -> None:
-    done = mpiexec(ranks, "collectives.py")
+    done = mpiexec(ranks, "mpi/collectives.py")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("passed check_") == (21 if ranks > 1 else 17), done.stdout
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_training(ranks: int) -> None:
-    done = mpiexec(ranks, "training.py")
+    done = mpiexec(ranks, "mpi/training.py")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("passed check_") == 6, done.stdout
 
@@ -68,12 +28,12 @@ def test_training(ranks: int) -> None:
 def test_environment_variables() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    done = mpiexec(2, "scenarios.py", "environment", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    done = mpiexec(2, "mpi/scenarios.py", "environment", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     assert done.returncode == 0, done.stdout
 
 
 def test_exit_delivers_what_was_sent() -> None:
-    done = mpiexec(2, "scenarios.py", "late_receive")
+    done = mpiexec(2, "mpi/scenarios.py", "late_receive")
     assert done.returncode == 0, done.stdout
 
 
@@ -82,49 +42,49 @@ def test_exit_delivers_what_was_sent() -> None:
 )
 def test_dead_group(scenario: str) -> None:
     """The rank that waits gets an error it can handle, and its exit ends the rank that sleeps for a minute."""
-    done = mpiexec(2, "scenarios.py", scenario)
+    done = mpiexec(2, "mpi/scenarios.py", scenario)
     assert done.returncode not in (0, -6, 134), done.stdout
     assert "survived" in done.stdout and "this exit ends all ranks (MPI_Abort)" in done.stdout, done.stdout
 
 
 def test_exception_on_one_rank_ends_all() -> None:
-    done = mpiexec(2, "scenarios.py", "exception")  # its peer would wait for half an hour
+    done = mpiexec(2, "mpi/scenarios.py", "exception")  # its peer would wait for half an hour
     assert done.returncode == 1, done.stdout
 
 
 def test_killed_rank_ends_all() -> None:
-    assert mpiexec(2, "scenarios.py", "killed").returncode not in (0, -6, 134)
+    assert mpiexec(2, "mpi/scenarios.py", "killed").returncode not in (0, -6, 134)
 
 
 def test_thread_level_too_low() -> None:
-    done = mpiexec(2, "scenarios.py", "thread_level")
+    done = mpiexec(2, "mpi/scenarios.py", "thread_level")
     assert done.returncode == 0 and "mpi4py.rc.thread_level = 'multiple'" in done.stdout, done.stdout
 
 
 def test_started_without_mpiexec() -> None:
-    done = run([sys.executable, str(PROGRAMS / "scenarios.py"), "alone"])
+    done = python(PROGRAMS / "mpi" / "scenarios.py", "alone")
     assert done.returncode == 1, done.stdout
     assert "WORLD_SIZE is 2, but this process was started without mpiexec" in done.stdout
-    assert f"`mpiexec -n 2 python -m mpi4py {PROGRAMS / 'scenarios.py'} alone`" in done.stdout
+    assert f"`mpiexec -n 2 python -m mpi4py {PROGRAMS / 'mpi' / 'scenarios.py'} alone`" in done.stdout
 
 
 def test_ranks_of_another_launcher() -> None:
-    done = mpiexec(2, "scenarios.py", "other_ranks")
+    done = mpiexec(2, "mpi/scenarios.py", "other_ranks")
     assert done.returncode == 0 and "to torch.distributed this is rank" in done.stdout, done.stdout
 
 
 def test_import_without_mpi4py() -> None:
-    done = run([sys.executable, "-c", "import sys; sys.modules['mpi4py'] = None; import syncbn.mpi"])
+    done = python("-c", "import sys; sys.modules['mpi4py'] = None; import syncbn.mpi")
     assert done.returncode == 1
     assert "syncbn.mpi needs mpi4py" in done.stdout and "pip install 'syncbn[mpi]'" in done.stdout
 
 
 def test_import_without_mpi_library() -> None:
-    done = run([sys.executable, "-c", "import syncbn.mpi"], MPI4PY_LIBMPI="/nonexistent/libmpi.so")
+    done = python("-c", "import syncbn.mpi", MPI4PY_LIBMPI="/nonexistent/libmpi.so")
     assert done.returncode == 1
     assert "could not load one" in done.stdout and "pip install 'syncbn[mpi]'" in done.stdout
 
 
 def test_import_of_the_package_leaves_mpi_alone() -> None:
-    done = run([sys.executable, "-c", "import sys, syncbn; assert 'mpi4py' not in sys.modules"])
+    done = python("-c", "import sys, syncbn; assert 'mpi4py' not in sys.modules")
     assert done.returncode == 0, done.stdout

@@ -11,17 +11,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from helpers.faults import Rank, run_faulty
 from helpers.plain import make_plain
 from helpers.ranks import run_ranks
 from programs.faults import Fault
-from test_faults import Rank, run_processes
 
 pytestmark = pytest.mark.integration
 ABORT = -6
 
 
 def run(folder: Path, fault: Fault) -> list[Rank]:
-    return run_processes(2, fault, folder, timeout=1.0, convert=make_plain)
+    return run_faulty(2, fault, folder, timeout=1.0, convert=make_plain)
 
 
 def means(rank: Rank, layer: str) -> Any:
@@ -83,7 +83,7 @@ def test_plain_keeps_what_is_not_finite(tmp_path: Path) -> None:
 
 def test_the_all_reduce_of_syncbn_has_the_same_limit(tmp_path: Path) -> None:
     """What it cannot catch: a peer in a collective of another length, where one all-reduce carries the message."""
-    ranks = run_processes(2, Fault("collective"), tmp_path, timeout=1.0, one_hop=False)
+    ranks = run_faulty(2, Fault("collective"), tmp_path, timeout=1.0, way="all-reduce")
     assert ABORT in [rank.code for rank in ranks]
 
 

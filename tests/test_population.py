@@ -21,7 +21,7 @@ import syncbn
 from helpers.oracle import close, rows
 from helpers.processes import run_processes
 from helpers.ranks import outcomes, run_ranks
-from syncbn import RankMismatchError, comm, population, update_population_stats
+from syncbn import RankMismatchError, population, update_population_stats, wire
 from syncbn.diagnostics import measure_noise
 
 # Batch sizes per rank.
@@ -32,13 +32,6 @@ SHARES = {
     "one has nothing": [(), (3, 4)],
     "three": [(2, 5), (), (3, 1, 4)],
 }
-
-
-@pytest.fixture(params=["one hop", "all-reduce"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways a message can travel."""
-    if request.param == "all-reduce":
-        monkeypatch.setattr(comm, "ONE_HOP_LIMIT", 0)
 
 
 def shares_of(
@@ -153,7 +146,7 @@ def test_half_modules(dtype: torch.dtype) -> None:
 
 def test_many_channels() -> None:
     """Statistics wider than the first message."""
-    channels = comm._FRAME + 3
+    channels = wire.FRAME + 3
     shares = [[torch.randn(2, channels), torch.randn(3, channels)], [torch.randn(2, channels)]]
     check(update(nn.Sequential(nn.BatchNorm1d(channels)), shares)[1][0], together(shares), rtol=1e-6)
 
@@ -366,7 +359,7 @@ def test_all_else_is_as_before(fails: bool, momentum: float | None, convert: boo
     for parameter, gradient in zip(net.parameters(), gradients, strict=True):
         assert torch.equal(parameter.grad, gradient)
     for layer in norms(net):
-        assert "_on_normalized" not in layer.__dict__ and not layer._forward_hooks
+        assert "_memory" not in layer.__dict__ and not layer._forward_hooks
         assert layer.num_batches_tracked == (3 if layer is net.bn1 else 6)
 
 
@@ -651,18 +644,6 @@ def test_compiled_models() -> None:
         compiled(torch.randn(6, 3))
         assert count == graphs > 0, "the graph was compiled anew"
     torch._dynamo.reset()
-
-
-def test_threads_share_the_stance_of_the_compiler() -> None:
-    """The first rank to be done does not take it from the others, nor does the last leave it."""
-    from torch._dynamo import eval_frame
-
-    first, second = population._eager(), population._eager()
-    with first:
-        second.__enter__()
-    assert eval_frame._stance.stance == "force_eager"
-    second.__exit__(None, None, None)
-    assert eval_frame._stance.stance == "default"
 
 
 def test_torch_sync_batch_norm() -> None:

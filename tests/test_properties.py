@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,9 +10,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.links import forced
 from helpers.oracle import close, rows, whole_batch
 from helpers.ranks import run_ranks
-from syncbn import SyncBatchNorm, comm, functional
+from syncbn import SyncBatchNorm, functional
 
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded", "flipped"]
 UNIT = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -111,7 +111,7 @@ def check(case: Case) -> None:
         y.backward(gs[rank])
         return layer, (y.detach(), x.grad, None if residual is None else residual.grad)
 
-    with comm.forced() if len(xs) == 1 else contextlib.nullcontext():
+    with forced(len(xs) == 1):
         results = run_ranks(len(xs), body)
     everything = torch.cat([rows(x) for x in xs])
     first = results[0][0]
@@ -202,7 +202,7 @@ def test_global_moments_do_not_depend_on_the_partition(sizes: list[int], offset:
     def body(rank: int, group: Any) -> tuple[Tensor, ...]:
         return functional.global_moments(x.split(sizes)[rank], process_group=group)
 
-    with comm.forced() if len(sizes) == 1 else contextlib.nullcontext():
+    with forced(len(sizes) == 1):
         results = run_ranks(len(sizes), body)
     for count, mean, var in results:
         assert count == len(x)

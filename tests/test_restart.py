@@ -1,15 +1,14 @@
 """A rank is killed, ``syncbn-launch --max-restarts`` starts all again, and training ends with the same weights."""
 
-import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from helpers.commands import ROOT, Done, environment, run, running
+
 STEPS = 12
 
 # Plain torch on purpose: what is tested is the launcher. One step per loop, a checkpoint after each.
@@ -67,15 +66,12 @@ dist.destroy_process_group()
 '''
 
 
-def train(directory: Path, kills: int, max_restarts: int, deadline: float) -> subprocess.CompletedProcess[str]:
+def train(directory: Path, kills: int, max_restarts: int, deadline: float) -> Done:
     script = directory / "train.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "syncbn.launch", "-n", "2", "--max-restarts", str(max_restarts), str(script)]
     command += [str(kills), str(directory / f"checkpoint{kills}"), str(directory / f"final{kills}")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=deadline, check=False
-    )
+    return run(*command, deadline=deadline)
 
 
 def uninterrupted(steps: int) -> dict[str, torch.Tensor]:
@@ -147,16 +143,10 @@ def test_recovers_on_two_hosts(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "syncbn" / "launch.py"), "-n", "1", "--nnodes", "2", "--max-restarts", "1"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
     command += [str(script), str(tmp_path / "killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    agents = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    try:
+    variables = environment(GLOO_SOCKET_IFNAME="lo")
+    with running(*command, env=variables) as first, running(*command, env=variables) as second:
+        agents = [first, second]
         ends = [agent.communicate(timeout=90) for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], ends
     assert sum(out.count("sum 4.0") for out, _ in ends) == 2
 

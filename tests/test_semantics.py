@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,26 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
+from helpers.links import forced, recorded
 from helpers.oracle import close, rows, step, unrows, whole_batch
 from helpers.ranks import outcomes, run_ranks
-from syncbn import RankMismatchError, SyncBatchNorm, comm, functional, header, kernels
+from syncbn import RankMismatchError, SyncBatchNorm, functional, kernels, wire
 
 C = 3
-
-
-@contextlib.contextmanager
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int, int]]]:
-    """All exchanges of all ranks, as (rank, kind, width)."""
-    calls: list[tuple[int, int, int]] = []
-    exchange = comm.OneHop.exchange
-
-    def record(self: comm.OneHop, payload: Tensor, call: header.Call) -> list[Tensor]:
-        calls.append((self.rank, call.kind, payload.numel()))
-        return exchange(self, payload, call)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(comm.OneHop, "exchange", record)
-        yield calls
 
 
 def works(group: Any, rank: int) -> None:
@@ -50,16 +36,16 @@ def inputs(sizes: Sequence[int], *spatial: int, dtype: torch.dtype = torch.float
 # ---- how much is exchanged
 
 
-def test_one_exchange_forward_and_one_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_exchange_forward_and_one_backward() -> None:
     xs = inputs((3, 0, 2), 4)
-    with recorded(monkeypatch) as calls:
+    with recorded() as calls:
         run_ranks(3, lambda rank, group: step(SyncBatchNorm(C, process_group=group).double(), xs[rank], xs[rank]))
     for rank in range(3):
         mine = [call[1:] for call in calls if call[0] == rank]
-        assert mine == [(header.FORWARD, 2 * C + 1), (header.BACKWARD, 2 * C)]
+        assert mine == [(wire.FORWARD, 2 * C + 1), (wire.BACKWARD, 2 * C)]
 
 
-def test_no_exchange_backward_when_the_input_needs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_exchange_backward_when_the_input_needs_no_gradient() -> None:
     xs = inputs((3, 2), 4)
     expected = whole_batch(xs, xs)
 
@@ -68,31 +54,33 @@ def test_no_exchange_backward_when_the_input_needs_no_gradient(monkeypatch: pyte
         layer(xs[rank]).backward(xs[rank])
         return layer
 
-    with recorded(monkeypatch) as calls:
+    with recorded() as calls:
         layers = run_ranks(2, body)
-    assert [call[1] for call in calls] == [header.FORWARD] * 2
+    assert [call[1] for call in calls] == [wire.FORWARD] * 2
     for rank, layer in enumerate(layers):
         close(layer.weight.grad, expected.dweight[rank], 1e-12, 1e-12, "dweight")
         close(layer.bias.grad, expected.dbias[rank], 1e-12, 1e-12, "dbias")
 
 
-def test_no_exchange_backward_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_exchange_backward_without_gradients() -> None:
     def body(rank: int, group: Any) -> None:
         with torch.no_grad():
             assert SyncBatchNorm(C, process_group=group)(torch.randn(3, C)).grad_fn is None
 
-    with recorded(monkeypatch) as calls:
+    with recorded() as calls:
         run_ranks(2, body)
-    assert [call[1] for call in calls] == [header.FORWARD] * 2
+    assert [call[1] for call in calls] == [wire.FORWARD] * 2
 
 
 @pytest.mark.parametrize("track", [True, False])
-def test_eval_never_communicates(monkeypatch: pytest.MonkeyPatch, track: bool) -> None:
+def test_eval_never_communicates(track: bool) -> None:
     """Without running statistics it uses those of the local batch, as torch does."""
     x = torch.randn(2, 4, C, 5)
     plain = nn.BatchNorm1d(C, track_running_stats=track).eval()
+    connected = threading.Barrier(2, timeout=10.0)
 
     def body(rank: int, group: Any) -> Tensor:
+        connected.wait()  # the other would hang up on one that still connects
         layer = SyncBatchNorm(C, track_running_stats=track, process_group=group).eval()
         if rank == 0:  # the other does not even call
             y = layer(x[0].requires_grad_())
@@ -100,13 +88,13 @@ def test_eval_never_communicates(monkeypatch: pytest.MonkeyPatch, track: bool) -
             return y
         return plain(x[0])
 
-    with recorded(monkeypatch) as calls:
+    with recorded() as calls:
         ours, theirs = run_ranks(2, body)
     assert calls == []
-    close(ours, theirs, 0.0, 0.0, "y")
+    close(ours, theirs, 2e-6, 2e-6, "y")
 
 
-def test_eval_of_converted_subclass_never_communicates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_of_converted_subclass_never_communicates() -> None:
     class Own(nn.BatchNorm1d):
         def forward(self, input: Tensor) -> Tensor:
             return nn.functional.batch_norm(input, self.running_mean, self.running_var, training=self.training)
@@ -115,31 +103,52 @@ def test_eval_of_converted_subclass_never_communicates(monkeypatch: pytest.Monke
         if rank == 0:
             syncbn.convert_sync_batchnorm(Own(C), group).eval()(torch.randn(3, C))
 
-    with recorded(monkeypatch) as calls:
+    with recorded() as calls:
         run_ranks(2, body)
     assert calls == []
 
 
+class Spy:
+    """A module of kernels that notes which of its functions are called."""
+
+    def __init__(self, kernel: Any, used: list[str]) -> None:
+        self.kernel, self.used = kernel, used
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "fuses_relu":
+            self.used.append(name)
+        return getattr(self.kernel, name)
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("SYNCBN_KERNELS", "aten")
+    kernels._native_works.cache_clear()
+    yield
+    kernels._native_works.cache_clear()
+
+
+@pytest.mark.usefixtures("without_native")
 def test_the_synchronized_path_runs_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
-
-    def spy(name: str) -> Callable[..., Any]:
-        kernel = getattr(kernels, name)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            used.append(name)
-            return kernel(*args, **kwargs)
-
-        return run
-
-    for name in kernels.__all__:
-        monkeypatch.setattr(kernels, name, spy(name))
+    choose = kernels.choose
+    monkeypatch.setattr(kernels, "choose", lambda *args: Spy(choose(*args), used))
     layer = SyncBatchNorm(C, activation="relu")
     step(layer, torch.randn(4, C), torch.randn(4, C))
     assert used == []  # one rank: torch's own
-    with comm.forced():
+    with forced():
         step(layer, torch.randn(4, C), torch.randn(4, C))
-    assert used == ["moments", "normalize", "relu_gradient", "gradient_sums", "input_gradient"]
+    backward = ["passed_gradient", "pack_gradient_sums", "shared_input_gradient"]
+    assert used == ["pack_moments", "normalize_shared", *backward]
+
+
+@pytest.mark.skipif(not kernels.native.available(), reason="the compiled loops were not built")
+def test_compiled_loops_also_do_without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+    choose = kernels.choose
+    monkeypatch.setattr(kernels, "choose", lambda *args: Spy(choose(*args), used))
+    step(SyncBatchNorm(C), torch.randn(4, C), torch.randn(4, C))
+    assert used == ["pack_moments", "normalize_shared", "pack_gradient_sums", "shared_input_gradient"]
 
 
 # ---- a global count of one
@@ -161,10 +170,10 @@ def test_global_count_of_one_raises_on_every_rank(sizes: tuple[int, ...]) -> Non
         assert layer.num_batches_tracked == 0
 
 
-@pytest.mark.parametrize("forced", [False, True])
-def test_global_count_of_one_without_peers(forced: bool) -> None:
+@pytest.mark.parametrize("synchronize", [False, True])
+def test_global_count_of_one_without_peers(synchronize: bool) -> None:
     layer = SyncBatchNorm(C)
-    with comm.forced() if forced else contextlib.nullcontext(), pytest.raises(ValueError, match="more than 1 value"):
+    with forced(synchronize), pytest.raises(ValueError, match="more than 1 value"):
         layer(torch.randn(1, C, 1))
     assert torch.equal(layer.running_var, torch.ones(C))
     assert layer.num_batches_tracked == 0
@@ -335,7 +344,7 @@ def test_no_running_statistics_under_autocast(affine: bool, world: int) -> None:
         assert y.dtype == torch.bfloat16
         return h.detach(), y.detach()
 
-    with comm.forced() if world == 1 else contextlib.nullcontext():
+    with forced(world == 1):
         results = run_ranks(world, body)
     hs = [h for h, _ in results]
     expected = whole_batch(hs, hs)
@@ -355,19 +364,19 @@ def test_track_running_stats_false(world: int) -> None:
         close(layer.eval()(xs[rank]), whole_batch([xs[rank]], [xs[rank]]).y[0], 1e-12, 1e-12, "y in eval")
         return y
 
-    with comm.forced() if world == 1 else contextlib.nullcontext():
+    with forced(world == 1):
         for rank, y in enumerate(run_ranks(world, body)):
             close(y, expected.y[rank], 1e-12, 1e-12, "y")
 
 
-@pytest.mark.parametrize("forced", [False, True])
-def test_tracking_switched_off_later_leaves_the_buffers(forced: bool) -> None:
+@pytest.mark.parametrize("synchronize", [False, True])
+def test_tracking_switched_off_later_leaves_the_buffers(synchronize: bool) -> None:
     """As in torch: ``track_running_stats = False`` on a layer that has buffers."""
     layers = SyncBatchNorm(C), nn.BatchNorm1d(C)
     x = torch.randn(5, C) + 3
     for layer in layers:
         layer.track_running_stats = False
-        with comm.forced() if forced else contextlib.nullcontext():
+        with forced(synchronize):
             layer(x)
     ours, theirs = (layer.state_dict() for layer in layers)
     for name in theirs:
@@ -439,7 +448,7 @@ def test_cumulative_average_reads_nothing_back(momentum: float | None, monkeypat
     monkeypatch.setattr(Tensor, "item", guarded)
     monkeypatch.setattr(Tensor, "__float__", lambda self: guarded(self))
     plain = nn.BatchNorm1d(C, momentum=0.1)
-    with comm.forced():
+    with forced():
         for _ in range(3):
             x = torch.randn(5, C)
             layer(x)
@@ -471,7 +480,7 @@ def test_non_finite_input(value: float, world: int, synchronize: bool) -> None:
             assert not torch.equal(now[0], then[0])
         return y, layer
 
-    with warnings.catch_warnings(), comm.forced() if synchronize else contextlib.nullcontext():
+    with warnings.catch_warnings(), forced(synchronize):
         warnings.simplefilter("ignore", RuntimeWarning)
         results = run_ranks(world, body)
     for y, layer in results:
@@ -481,11 +490,11 @@ def test_non_finite_input(value: float, world: int, synchronize: bool) -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("forced", [True, False])
-def test_variance_beyond_the_range_of_its_buffer(forced: bool, momentum: float | None) -> None:
+@pytest.mark.parametrize("synchronize", [True, False])
+def test_variance_beyond_the_range_of_its_buffer(synchronize: bool, momentum: float | None) -> None:
     """A finite batch whose variance is not finite in the dtype of the buffer."""
     layer = SyncBatchNorm(C, momentum=momentum)
-    with comm.forced() if forced else contextlib.nullcontext():
+    with forced(synchronize):
         layer(torch.randn(8, C) * torch.tensor([1.0, 1e25, 1.0]))
     assert torch.isfinite(layer.running_var).all()
     assert torch.isfinite(layer.running_mean).all()
@@ -508,7 +517,7 @@ def test_two_forwards_before_one_backward(world: int, activation: str | None) ->
         assert a.grad is not None and b.grad is not None
         return a.grad, b.grad, layer.weight.grad
 
-    with comm.forced() if world == 1 else contextlib.nullcontext():
+    with forced(world == 1):
         for rank, (da, db, dweight) in enumerate(run_ranks(world, body)):
             close(da, expected[0].dx[rank], 1e-12, 1e-12, "first")
             close(db, expected[1].dx[rank], 1e-12, 1e-12, "second")
@@ -587,7 +596,7 @@ def test_func_grad(world: int, activation: str | None) -> None:
 
         return torch.func.grad(loss, argnums=(0, 1, 2))(xs[rank], weight, bias)
 
-    with comm.forced() if world == 1 else contextlib.nullcontext():
+    with forced(world == 1):
         for rank, (dx, dweight, dbias) in enumerate(run_ranks(world, body)):
             close(dx, expected.dx[rank], 1e-12, 1e-12, "dx")
             close(dweight, expected.dweight[rank], 1e-12, 1e-12, "dweight")
@@ -612,7 +621,7 @@ def test_func_grad_of_a_module_over_ranks() -> None:
 
 def test_vmap_gives_a_clear_error() -> None:
     layer = SyncBatchNorm(C, track_running_stats=False)
-    with comm.forced():
+    with forced():
         with pytest.raises(NotImplementedError, match="vmap"):
             torch.vmap(layer)(torch.randn(2, 4, C))
         with pytest.raises(NotImplementedError, match="vmap"):
@@ -661,7 +670,7 @@ def test_double_backward(sizes: tuple[int, ...], activation: str | None) -> None
         assert layer.num_batches_tracked == 1
         return x.grad, layer.weight.grad
 
-    with comm.forced() if len(sizes) == 1 else contextlib.nullcontext():
+    with forced(len(sizes) == 1):
         results = run_ranks(len(sizes), body)
         # Which rank gets which part of it is a convention; the sum is what data parallelism makes of it.
         total = sum(dweight)
@@ -686,7 +695,7 @@ def test_gradcheck_and_gradgradcheck(relu: bool, with_residual: bool) -> None:
             x, None, None, weight, bias, training=True, residual=residual, activation="relu" if relu else None
         )
 
-    with comm.forced():
+    with forced():
         assert torch.autograd.gradcheck(call, arguments)
         assert torch.autograd.gradgradcheck(call, arguments, atol=1e-4)
 
@@ -697,7 +706,7 @@ def test_gradgradcheck_of_global_moments() -> None:
     def call(x: Tensor) -> tuple[Tensor, Tensor]:
         return functional.global_moments(x)[1:]
 
-    with comm.forced():
+    with forced():
         assert torch.autograd.gradcheck(call, (x,))
         assert torch.autograd.gradgradcheck(call, (x,))
 
@@ -714,7 +723,7 @@ def test_double_backward_of_half_input() -> None:
         assert x.grad is not None
         return x.grad
 
-    with comm.forced():
+    with forced():
         mine, expected = gradient(x64.bfloat16()), gradient(x64)
     close(mine, expected, 0.1, 0.1 * float(expected.abs().max()), "dx")
 
@@ -727,7 +736,7 @@ def test_double_backward_of_half_input() -> None:
 def test_constant_input(value: float, positions: int) -> None:
     """Without variance the output is the bias, and dx = weight / sqrt(eps) * (g - mean of g)."""
     x, g = torch.full((4, C, positions), value), torch.randn(4, C, positions)
-    with comm.forced():
+    with forced():
         ours = step(SyncBatchNorm(C), x, g)
     close(ours["y"], torch.zeros_like(x), 0.0, 0.0, "y")
     expected = (g.double() - g.double().mean((0, 2), keepdim=True)) / 1e-5**0.5
@@ -742,7 +751,6 @@ def test_module_looks_like_batch_norm() -> None:
     plain.load_state_dict(layer.state_dict())
     assert "activation='relu'" in repr(layer)
     assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
-    assert not isinstance(layer, nn.SyncBatchNorm)
 
 
 def test_every_rank_reports_in_outcomes() -> None:

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncbn
-from helpers import spawned
-from helpers.ranks import make_group
+from helpers.processes import run_processes
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -25,13 +24,12 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20
 
 
-def train(rank: int, world: int, folder: Path, steps: int) -> tuple[list[float], list[dict[str, Tensor]], int]:
+def train(rank: int, world: int, steps: int) -> tuple[list[float], list[dict[str, Tensor]], int]:
     """Memory and state at ten points of the run, and the number of threads at the end."""
-    group = make_group(dist.FileStore(str(folder / "store"), world), rank, world, 20.0)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 6))
     net.extend([nn.BatchNorm1d(6), nn.Linear(6, 1)])
-    syncbn.convert_sync_batchnorm(net, group)
+    syncbn.convert_sync_batchnorm(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(rank)
     memory, states = [], []
@@ -41,7 +39,7 @@ def train(rank: int, world: int, folder: Path, steps: int) -> tuple[list[float],
         net(x).square().mean().backward()
         for parameter in net.parameters():
             assert parameter.grad is not None
-            group.allreduce([parameter.grad], dist.AllreduceOptions()).wait()
+            dist.all_reduce(parameter.grad)
             parameter.grad /= world
         optimizer.step()
         if step % (steps // 10) == 0:
@@ -51,7 +49,7 @@ def train(rank: int, world: int, folder: Path, steps: int) -> tuple[list[float],
 
 
 def check(folder: Path, steps: int, growth: float) -> None:
-    results = spawned.run(folder, 2, train, steps, deadline=3000.0)
+    results = run_processes(2, train, folder, steps, deadline=3000.0, timeout=20.0)
     for memory, states, threads in results:
         assert memory[-1] - memory[1] < growth, memory
         assert threads < 16

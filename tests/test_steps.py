@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
-import gc
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
-from helpers import spawned
+from helpers.commands import EXAMPLES, load
+from helpers.links import LATE, WAYS
+from helpers.processes import run_processes
 from helpers.ranks import outcomes, run_ranks
-from syncbn import comm
 from syncbn.steps import vote
-from test_faults import Arrival, Late
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "step_vote.py"
-
-
-@pytest.fixture(params=["one hop", "all-reduce", "device"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How messages travel; "device": the all-reduce whose slots are looked at later, on the CPU."""
-    if request.param != "one hop":
-        monkeypatch.setattr(comm, "ONE_HOP_LIMIT", 1)
-    if request.param == "device":
-        Arrival.arrived = False
-        monkeypatch.setattr(comm, "AllReduce", Late)
-    return request.param
+ways = pytest.mark.parametrize("way", [*WAYS, LATE], indirect=True)
 
 
+@ways
 @pytest.mark.parametrize("noes", [(), (1,), (0, 2), (0, 1, 2)])
 def test_between_steps(way: str, noes: tuple[int, ...]) -> None:
     """All hear the same, and the group goes on."""
@@ -98,11 +84,10 @@ def test_a_real_mismatch_is_not_a_vote() -> None:
         assert "vote (call 0)" in str(error) and "forward of a layer" in str(error)
 
 
-def test_a_vote_settles_the_late_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", [LATE], indirect=True)
+@pytest.mark.usefixtures("way")
+def test_a_vote_settles_the_late_checks() -> None:
     """On a device the vote is the moment at which all that went before has been checked."""
-    monkeypatch.setattr(comm, "ONE_HOP_LIMIT", 1)
-    monkeypatch.setattr(comm, "AllReduce", Late)
-    Arrival.arrived = False
 
     def body(rank: int, group: Any) -> str:
         layers = [syncbn.SyncBatchNorm(4, process_group=group) for _ in range(2)]
@@ -120,25 +105,16 @@ def test_a_vote_settles_the_late_checks(monkeypatch: pytest.MonkeyPatch) -> None
 # ---- the example
 
 
-def run_example(rank: int, world: int, folder: Path, *args: Any) -> tuple[int, dict[str, Tensor]]:
-    spec = importlib.util.spec_from_file_location("step_vote", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=10))
-    try:
-        return example.train(*args)
-    finally:
-        gc.collect()  # DistributedDataParallel that outlives its group aborts or hangs now and then
-        dist.destroy_process_group()
+def run_example(rank: int, world: int, *args: Any) -> tuple[int, dict[str, Tensor]]:
+    example: Any = load(EXAMPLES / "step_vote.py")
+    return example.train(*args)
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("where", ["forward", "backward", "loss"])
 def test_the_example_skips_one_step_together(tmp_path: Path, where: str, world: int) -> None:
-    results = spawned.run(tmp_path, world, run_example, 5, 1, 2, where)
+    results = run_processes(world, run_example, tmp_path, 5, 1, 2, where, timeout=10.0)
     assert [done for done, _ in results] == [4] * world
     for _, state in results:
         assert all(torch.equal(value, results[0][1][name]) for name, value in state.items())

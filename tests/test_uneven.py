@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 import syncbn
-from helpers import spawned
+from helpers.links import SEE_EACH_RANK
 from helpers.oracle import close
+from helpers.processes import run_processes
 from helpers.ranks import outcomes, run_ranks
 from programs.uneven import train_join, train_joined, whole_batches
-from syncbn import comm, uneven
+from syncbn import uneven
 
 LOADERS = {
     "one ends first": [(4, 3, 2), (2,)],
@@ -40,7 +41,7 @@ def same_state(results: Sequence[dict[str, Any]], expected: dict[str, Tensor]) -
 def test_trains_like_one_process(tmp_path: Path, loaders: str) -> None:
     """Weights and statistics after several steps of SGD with momentum, DistributedDataParallel included."""
     sizes = LOADERS[loaders]
-    results = spawned.run(tmp_path, len(sizes), train_joined, sizes, False)
+    results = run_processes(len(sizes), train_joined, tmp_path, sizes, False)
     steps = max(map(len, sizes))
     for rank, result in enumerate(results):
         padded = [[*own, *[0] * (steps - len(own))] for own in sizes]
@@ -51,14 +52,14 @@ def test_trains_like_one_process(tmp_path: Path, loaders: str) -> None:
 @pytest.mark.integration
 def test_a_mean_loss(tmp_path: Path) -> None:
     sizes = LOADERS["three"]
-    same_state(spawned.run(tmp_path, 3, train_joined, sizes, True), whole_batches(sizes))
+    same_state(run_processes(3, train_joined, tmp_path, sizes, True), whole_batches(sizes))
 
 
 @pytest.mark.integration
 def test_join_of_ddp_ends_the_epoch_for_all(tmp_path: Path) -> None:
     """With ``throw_on_early_termination`` every rank raises once one has run out; until then all is as ever."""
     sizes = [(3, 3, 3), (3,)]
-    results = spawned.run(tmp_path, 2, train_join, sizes, True)
+    results = run_processes(2, train_join, tmp_path, sizes, True, timeout=2.0)
     assert [result["error"] for result in results] == ["RuntimeError"] * 2
     assert "exhausted" in results[0]["text"] and "exhausted" in results[1]["text"]
     assert [result["steps"] for result in results] == [1, 1]
@@ -68,19 +69,12 @@ def test_join_of_ddp_ends_the_epoch_for_all(tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_join_of_ddp_without_throwing(tmp_path: Path) -> None:
     """It does not know of the layers' exchanges: an error that says so, not a hang."""
-    went_on, _ = spawned.run(tmp_path, 2, train_join, [(3, 3, 3), (3,)], False)
+    went_on, _ = run_processes(2, train_join, tmp_path, [(3, 3, 3), (3,)], False, timeout=2.0)
     assert went_on["error"] == "PeerLostError" and went_on["steps"] == 1
     assert "forward of layer 'bn1'" in went_on["text"] and "Not arrived: rank 1" in went_on["text"]
 
 
 # ---- the helper itself
-
-
-@pytest.fixture(params=["one hop", "all-reduce"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How messages travel on gloo."""
-    if request.param == "all-reduce":
-        monkeypatch.setattr(comm, "ONE_HOP_LIMIT", 1)
 
 
 @pytest.mark.usefixtures("way")
@@ -137,9 +131,8 @@ def test_a_batch_without_tensors() -> None:
     assert isinstance(mismatch, syncbn.RankMismatchError) and mismatch.refused_by == (1,)
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("at", [0, 1])
-def test_a_loader_that_raises(at: int) -> None:
+def test_a_loader_that_raises(at: int, way: str) -> None:
     """Its rank raises what it raised, the others name it, nobody waits."""
 
     def loader(rank: int) -> Iterator[Tensor]:
@@ -158,7 +151,7 @@ def test_a_loader_that_raises(at: int) -> None:
     for peer in (first, last):
         assert isinstance(peer, syncbn.RankMismatchError) and peer.refused_by == (1,)
         assert "rank 1 could not make the call" in str(peer)
-    if comm.ONE_HOP_LIMIT > 1:
+    if way in SEE_EACH_RANK:
         assert "its loader raised OSError: disk on fire" in str(first)
 
 

@@ -18,7 +18,6 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-ROOT = Path(__file__).parents[2]
 SHELL = ("sh", "console", "")
 _HIDDEN = re.compile(r"<!-- python\n(.*?)\n-->", re.DOTALL)
 

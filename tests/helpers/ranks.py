@@ -53,13 +53,18 @@ def outcomes(size: int, body: Callable[..., Any], *args: Any, timeout: float = 1
         except BaseException as error:
             results[rank] = error
 
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    threads = [threading.Thread(target=run, name=f"rank {rank}", args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     for rank, thread in enumerate(threads):
         thread.join(DEADLINE)
         assert not thread.is_alive(), f"rank {rank} of {size} is not done after {DEADLINE} s"
     return results
+
+
+def peers_of(group: Any) -> Any:
+    """The group, or None for a group of one rank, which differs from none only in messages to nobody."""
+    return group if group.size() > 1 else None
 
 
 def split(x: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:

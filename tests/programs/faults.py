@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncbn
+from helpers.links import travel
 from helpers.ranks import make_group
-from syncbn import comm
 
 LAYERS = ("bn1", "bn2", "bn3")
 WIDTH = 8
@@ -167,21 +167,21 @@ def train_step(net: Net, x: Tensor, fault: Fault | None, report: dict[str, Any])
 def process_main(
     rank: int,
     size: int,
-    folder: str,
+    folder: Path,
     fault: Fault | None,
     timeout: float,
-    one_hop: bool,
+    way: str,
     convert: Callable[[nn.Module, Any], object] | None = None,
 ) -> None:
     """A rank as a process: trains, leaves its report in ``folder``, and exits with 1 after an error."""
     torch.set_num_threads(1)
-    if not one_hop:
-        comm.ONE_HOP_LIMIT = 1
-    store = dist.FileStore(str(Path(folder) / "store"), size)
+    threading.current_thread().name = f"rank {rank}"
+    store = dist.FileStore(str(folder / "store"), size)
     store.set(f"here/{rank}", "")
     store.wait([f"here/{other}" for other in range(size)])  # so that the timeout is not spent on starting
-    report = train(rank, make_group(store, rank, size, timeout), fault, convert=convert)
+    with travel(way):
+        report = train(rank, make_group(store, rank, size, timeout), fault, convert=convert)
     report["state"] = {name: value.tolist() for name, value in report["state"].items()}
     report["outputs"] = [output.tolist() for output in report["outputs"]]
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(report))
+    (folder / f"{rank}.json").write_text(json.dumps(report))
     sys.exit(1 if report["error"] else 0)

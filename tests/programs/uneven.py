@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import gc
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -49,62 +44,44 @@ def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
 
 
-@contextlib.contextmanager
-def default_group(rank: int, world: int, folder: Path, timeout: float = 20.0) -> Iterator[None]:
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(str(folder / "store"), world),
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=timeout),
-    )
-    try:
-        yield
-    finally:
-        gc.collect()  # DistributedDataParallel that outlives its group aborts or hangs now and then
-        dist.destroy_process_group()
-
-
-def train_joined(rank: int, world: int, folder: Path, sizes: Sequence[Sequence[int]], mean: bool) -> dict[str, Any]:
+def train_joined(rank: int, world: int, sizes: Sequence[Sequence[int]], mean: bool) -> dict[str, Any]:
     """Until all ranks are done, with a sum of losses or with a mean."""
-    with default_group(rank, world, folder):
-        net = syncbn.convert_sync_batchnorm(Net())
-        ddp = DistributedDataParallel(net)
-        optimizer = optimizer_of(net)
-        seen = []
-        for step in uneven.joined(loader(rank, sizes[rank])):
-            x, y = step.data
-            with uneven.empty_views():
-                output = ddp(x)
-            if mean:
-                loss = step.loss_from_mean(F.cross_entropy, output, y)
-            else:
-                loss = step.scale * F.cross_entropy(output, y, reduction="sum")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            seen.append((step.count, step.total))
-        return {"seen": seen, "state": net.state_dict()}
+    net = syncbn.convert_sync_batchnorm(Net())
+    ddp = DistributedDataParallel(net)
+    optimizer = optimizer_of(net)
+    seen = []
+    for step in uneven.joined(loader(rank, sizes[rank])):
+        x, y = step.data
+        with uneven.empty_views():
+            output = ddp(x)
+        if mean:
+            loss = step.loss_from_mean(F.cross_entropy, output, y)
+        else:
+            loss = step.scale * F.cross_entropy(output, y, reduction="sum")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append((step.count, step.total))
+    return {"seen": seen, "state": net.state_dict()}
 
 
-def train_join(rank: int, world: int, folder: Path, sizes: Sequence[Sequence[int]], throw: bool) -> dict[str, Any]:
+def train_join(rank: int, world: int, sizes: Sequence[Sequence[int]], throw: bool) -> dict[str, Any]:
     """DistributedDataParallel's own ``join``: what it raised, and after how many steps."""
-    with default_group(rank, world, folder, timeout=2.0):
-        net = syncbn.convert_sync_batchnorm(Net())
-        ddp = DistributedDataParallel(net, broadcast_buffers=False)
-        optimizer = optimizer_of(net)
-        steps, error = 0, None
-        try:
-            with ddp.join(throw_on_early_termination=throw):
-                for x, y in loader(rank, sizes[rank]):
-                    loss = F.cross_entropy(ddp(x), y)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    steps += 1
-        except RuntimeError as caught:
-            error = caught
-        return {"steps": steps, "error": type(error).__name__, "text": str(error), "state": net.state_dict()}
+    net = syncbn.convert_sync_batchnorm(Net())
+    ddp = DistributedDataParallel(net, broadcast_buffers=False)
+    optimizer = optimizer_of(net)
+    steps, error = 0, None
+    try:
+        with ddp.join(throw_on_early_termination=throw):
+            for x, y in loader(rank, sizes[rank]):
+                loss = F.cross_entropy(ddp(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                steps += 1
+    except RuntimeError as caught:
+        error = caught
+    return {"steps": steps, "error": type(error).__name__, "text": str(error), "state": net.state_dict()}
 
 
 def whole_batches(sizes: Sequence[Sequence[int]], steps: int | None = None) -> dict[str, Tensor]:

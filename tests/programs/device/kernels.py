@@ -17,8 +17,12 @@ from torch import Tensor
 from torch.nn.functional import batch_norm
 
 from syncbn import kernels as choice
-from syncbn.kernels import programs, reference
+from syncbn.kernels import reference, triton_kernels
 from syncbn.kernels import triton as kernels
+from syncbn.kernels.composed import Composed
+from syncbn.memory import Running
+from syncbn.messages import Message, Shared
+from syncbn.wire import SLOTS
 
 # numpy, in which the interpreter computes, warns of what is not finite, and of what older interpreters do with it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
@@ -93,6 +97,21 @@ class Example:
     def stats(self, weight: bool = True) -> tuple[Tensor, ...]:
         return self.x, self.mean, self.invstd, *((self.weight, self.bias) if weight else (None, None))
 
+    @property
+    def packed(self) -> Tensor:
+        """What the fused forms take for the statistics of the global batch."""
+        return torch.cat([self.mean, self.invstd, self.count[None]])
+
+
+def message(width: int, tag: int = 1, number: int = 1, length: int = 0) -> Message:
+    """A message on a device, of so many float64 in all, with raw sums."""
+    whole = torch.empty(length or SLOTS + width, dtype=torch.float64)
+    return Message(whole, whole[SLOTS : SLOTS + width], True, tag, number)
+
+
+def shared(payload: Tensor) -> Shared:
+    return Shared(payload[None], True)
+
 
 def assert_same(actual: Tensor | None, expected: Tensor | None, dtype: torch.dtype = F32) -> None:
     if expected is None:
@@ -129,39 +148,42 @@ def test_fused_forms_are_those_of_the_reference(
 ) -> None:
     cut(monkeypatch, how)
     e, channels = Example(shape, layout, dtype), shape[1]
-    message, expected = torch.empty(2 * channels + 40), torch.empty(2 * channels + 40)
-    message, expected = message.double(), expected.double()
-    kernels.pack_moments(e.x, message, 65535, 7)
-    reference.pack_moments(e.x, expected, 65535, 7)
-    assert_same(message, expected)
-    assert torch.equal(message[:7], expected[:7])
+    ours, theirs = (message(2 * channels + 1, 65535, 7, 2 * channels + 40) for _ in range(2))
+    kernels.pack_moments(e.x, None, ours)
+    reference.pack_moments(e.x, None, theirs)
+    assert_same(ours.whole, theirs.whole)
+    assert torch.equal(ours.whole[: SLOTS + 1], theirs.whole[: SLOTS + 1])
 
-    sums = 2 * expected[6 : 2 * channels + 7]  # as if another rank had the same input
+    sums = shared(2 * theirs.payload)  # as if another rank had the same input
     residual, momentum = (e.residual, None) if relu else (None, 0.1)
     results, buffers = [], []
     for module in (kernels, reference):
-        running = torch.full((channels,), 0.5, dtype=dtype), torch.full((channels,), 0.25), torch.tensor(3)
-        buffers.append(running)
-        forward = (e.x, sums, e.weight, e.bias, residual, relu, EPS, (*running[:2], momentum, running[2]))
+        mean, var = torch.full((channels,), 0.5, dtype=dtype), torch.full((channels,), 0.25)
+        buffers.append(Running(mean, var, momentum, torch.tensor(3)))
+        forward = e.x, None, sums, e.weight, e.bias, residual, relu, EPS, buffers[-1]
         results.append(module.normalize_shared(*forward))
     assert_same(results[0][0], results[1][0], dtype)
-    for ours, theirs in zip(results[0][1:], results[1][1:], strict=True):
-        assert_same(ours, theirs)
-    assert_same(buffers[0][0], buffers[1][0], dtype)
-    assert_same(buffers[0][1], buffers[1][1])
-    assert buffers[0][2] == buffers[1][2] == (4 if e.x.numel() else 3)
+    assert_same(results[0][1], results[1][1])
+    assert results[0][2] is None
+    assert_same(buffers[0].mean, buffers[1].mean, dtype)
+    assert_same(buffers[0].var, buffers[1].var)
+    assert buffers[0].batches == buffers[1].batches == (4 if e.x.numel() else 3)
 
-    args = e.grad, *e.stats(), residual, relu
+    args = e.grad, e.x, None, e.packed, e.weight, e.bias, residual
+    ours, theirs = (message(2 * channels, 17, 2, 2 * channels + 40) for _ in range(2))
     for dtypes in ((torch.float16, None), (torch.float32, torch.float32)):
-        ours = kernels.pack_gradient_sums(*args, message, 17, 2, dtypes)
-        theirs = reference.pack_gradient_sums(*args, expected, 17, 2, dtypes)
-        assert_same(message, expected)
-        for our, their, kind in zip(ours, theirs, dtypes, strict=True):
+        our_gradients = kernels.pack_gradient_sums(*args, relu, ours, dtypes)
+        their_gradients = reference.pack_gradient_sums(*args, relu, theirs, dtypes)
+        assert_same(ours.whole, theirs.whole)
+        for our, their, kind in zip(our_gradients, their_gradients, dtypes, strict=True):
             assert_same(our, their, kind or F32)
-    args = *args, expected[6 : 2 * channels + 6].clone(), e.count, relu
-    ours, theirs = kernels.shared_input_gradient(*args), reference.shared_input_gradient(*args)
-    assert_same(ours[0], theirs[0], dtype)
-    assert_same(ours[1], theirs[1], dtype)
+    assert kernels.pack_gradient_sums(*args, relu, None, (None, None)) == (None, None)
+    if relu:
+        assert_same(kernels.passed_gradient(*args), reference.passed_gradient(*args), dtype)
+    args = *args, relu, shared(theirs.payload.clone()), relu
+    our_pair, their_pair = kernels.shared_input_gradient(*args), reference.shared_input_gradient(*args)
+    assert_same(our_pair[0], their_pair[0], dtype)
+    assert_same(our_pair[1], their_pair[1], dtype)
 
 
 @pytest.mark.parametrize("layout", [ROWS, COLUMNS])
@@ -218,24 +240,24 @@ def test_what_is_not_finite_stays_in_its_channel(
     x = torch.randn(3, 4, 6, 4)
     x[position, 1, position, position] = bad
     x = laid_out(x, layout)
-    message = torch.zeros(6 + 9, dtype=torch.float64)
-    kernels.pack_moments(x, message, 1, 5)
-    assert message[4] == 1 and message[5] == 5
+    sent = message(9, number=5)
+    kernels.pack_moments(x, None, sent)
+    assert sent.whole[4] == 1 and sent.whole[5] == 5
     finite = torch.tensor([True, False, True, True])
-    assert torch.equal(message[7:11].isfinite(), finite) and torch.equal(message[11:].isfinite(), finite)
-    mean, var, batches = torch.zeros(4), torch.ones(4), torch.tensor(0)
-    y, *_ = kernels.normalize_shared(x, message[6:], None, None, None, True, EPS, (mean, var, 0.1, batches))
+    assert torch.equal(sent.payload[1:5].isfinite(), finite) and torch.equal(sent.payload[5:].isfinite(), finite)
+    running = Running(torch.zeros(4), torch.ones(4), 0.1, torch.tensor(0))
+    y, *_ = kernels.normalize_shared(x, None, shared(sent.payload), None, None, None, True, EPS, running)
     assert y[:, 1].isnan().all() and y[:, finite].isfinite().all()
-    assert mean[1] == 0 and var[1] == 1 and (mean[finite] != 0).all() and batches == 1
+    assert running.mean[1] == 0 and running.var[1] == 1 and (running.mean[finite] != 0).all() and running.batches == 1
 
 
 def test_statistics_that_do_not_fit_the_running_ones_are_not_taken() -> None:
     x = torch.randn(4, 2)
     x[:, 1] += 1e5
-    message = torch.zeros(11, dtype=torch.float64)
-    kernels.pack_moments(x, message, 1, 1)
+    sent = message(5)
+    kernels.pack_moments(x, None, sent)
     mean, var = torch.zeros(2).half(), torch.ones(2).half()
-    kernels.normalize_shared(x, message[6:], None, None, None, False, EPS, (mean, var, 0.5, None))
+    kernels.normalize_shared(x, None, shared(sent.payload), None, None, None, False, EPS, Running(mean, var, 0.5))
     assert mean[0] != 0 and mean[1] == 0 and var[1] == 1
 
 
@@ -244,12 +266,15 @@ def test_statistics_that_do_not_fit_the_running_ones_are_not_taken() -> None:
 def test_float32_is_never_less_accurate_than_torch(layout: str, ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(monkeypatch, "fine", _TILE=4096, _PROGRAMS=4)
     e, channels = Example((6, 4, 24, 20), layout, F32, mean=ratio), 4
-    message = torch.zeros(2 * channels + 7, dtype=torch.float64)
-    kernels.pack_moments(e.x, message, 1, 1)
-    y, mean, invstd, count = kernels.normalize_shared(e.x, message[6:], e.weight, e.bias, None, False, EPS, None)
-    kernels.pack_gradient_sums(e.grad, e.x, mean, invstd, e.weight, e.bias, None, False, message, 1, 1, (None, None))
-    sums = message[6 : 2 * channels + 6]
-    dx, _ = kernels.shared_input_gradient(e.grad, e.x, mean, invstd, e.weight, e.bias, None, False, sums, count, False)
+    sent = message(2 * channels + 1)
+    kernels.pack_moments(e.x, None, sent)
+    forward = e.x, None, shared(sent.payload), e.weight, e.bias, None, False, EPS, None
+    y, stats, _ = kernels.normalize_shared(*forward)
+    args = e.grad, e.x, None, stats, e.weight, e.bias, None, False
+    sent = message(2 * channels)
+    kernels.pack_gradient_sums(*args, sent, (None, None))
+    dx, _ = kernels.shared_input_gradient(*args, shared(sent.payload), False)
+    invstd = stats[channels:-1]
 
     def torchs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         leaf = e.x.to(dtype).requires_grad_()
@@ -336,21 +361,29 @@ def test_every_element_is_in_exactly_one_tile() -> None:
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="about CPU tensors")
 def test_the_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    x = torch.randn(4, 3)
-    assert choice.fused(x) is None and choice._for(x) is choice.aten
+    x, mask = torch.randn(4, 3), torch.ones(4, 1, dtype=torch.bool)
+    monkeypatch.setenv("SYNCBN_KERNELS", "aten")
+    choice._native_works.cache_clear()
     monkeypatch.setattr(choice, "_interpreted", True)
     choice._load_triton.cache_clear()
-    assert choice.fused(x) is kernels and choice._for(x) is kernels
-    assert choice.fused(x.double()) is None and choice._for(x.double()) is choice.aten
-    assert choice.fused(x.to("meta").requires_grad_()[:0].to(torch.float64)) is None
+    assert choice.choose(x, None, True) is kernels and choice.plain(x) is kernels
+    assert choice.name_of(choice.choose(x, None, True)) == "Triton"
+    for other in (choice.choose(x, mask, True), choice.choose(x, None, False)):  # of its plain forms
+        assert isinstance(other, Composed) and other.plain is kernels and choice.name_of(other) == "Triton"
+    assert choice.choose(x.double(), None, True) is choice._ATEN and choice.plain(x.double()) is choice.aten
+    assert choice.choose(torch.empty(2, 0), None, True) is choice._ATEN
+    monkeypatch.setattr(choice, "_interpreted", False)
+    assert choice.choose(x, None, True) is choice._ATEN and choice.name_of(choice._ATEN) == "ATen"
+    monkeypatch.setattr(choice, "_interpreted", True)
     choice._load_triton.cache_clear()
     monkeypatch.setattr(kernels, "probe", lambda device: 1 / 0)
     with caplog.at_level("WARNING", "syncbn"):
-        assert choice.fused(x) is None and choice.fused(x) is None
+        assert choice.choose(x, None, True) is choice._ATEN and choice.plain(x) is choice.aten
     choice._load_triton.cache_clear()
+    choice._native_works.cache_clear()
     (record,) = caplog.records
     assert "ZeroDivisionError" in record.getMessage() and record.name == "syncbn"
 
 
 def test_the_number_of_slots_is_one_number() -> None:
-    assert programs.HEAD.value == choice.HEAD == 6
+    assert triton_kernels.HEAD.value == SLOTS

@@ -22,8 +22,11 @@ import syncbn
 from helpers.oracle import TOLERANCE, assert_matches, close, step, whole_batch
 from helpers.ranks import run_ranks
 from syncbn import comm, kernels
+from syncbn.comm.all_reduce import AllReduceOnDevice
 from syncbn.kernels import triton
-from syncbn.moments import Running
+from syncbn.memory import Running
+from syncbn.modules import memory_of
+from syncbn.wire import SLOTS
 from test_no_sync import WAITING
 
 # numpy, in which the interpreter computes, warns of what is not finite, and of what older interpreters do with it.
@@ -37,23 +40,17 @@ launches: dict[int, list[str]] = {}  # per thread
 lock = threading.Lock()
 
 
-class OnDevice(comm.AllReduce):
+class OnDevice(AllReduceOnDevice):
     """The link of a device, for CPU tensors; notes what it sums, and looks at the slots at once."""
-
-    _on_cpu = comm.AllReduce._on_device
-
-    def __init__(self, group: Any, device: torch.device) -> None:
-        super().__init__(group, device)
-        self.in_place = True
 
     def _reduce(self, message: Tensor, call: Any, width: int) -> None:
         values = message.cpu().numpy()  # (which no mode sees)
-        assert np.isfinite(values[6:]).all() or values[4] == 1, "unwritten memory in a message"
+        assert np.isfinite(values[SLOTS:]).all() or values[4] == 1, "unwritten memory in a message"
         launches[threading.get_ident()].append("sum")
         super()._reduce(message, call, width)
 
     def _check_later(self, slots: Tensor, call: Any, width: int) -> None:
-        self._check(tuple(slots.cpu().numpy().tolist()), call, width, self._number)
+        self._check(tuple(slots.cpu().numpy().tolist()), call, width, self.exchanges)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -82,7 +79,7 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(TOLERANCE, torch.bfloat16, (2 * TOLERANCE[torch.bfloat16][0], TOLERANCE[torch.bfloat16][1]))
     before = torch.get_default_device()
     torch.set_default_device(DEVICE)
-    assert kernels.fused(torch.zeros(1, 1)) is triton
+    assert kernels.choose(torch.zeros(1, 1), None, True) is triton
     with comm.forced(), torch.autograd.set_multithreading_enabled(False):
         yield
     torch.set_default_device(before)
@@ -92,7 +89,8 @@ def connect(group: Any) -> None:
     torch.set_default_device(DEVICE)  # (of this thread)
     # A backward on a GPU runs in one thread for all ranks of this process, in which they would wait for each other.
     torch.autograd.set_multithreading_enabled(False)
-    comm._links[group] = {DEVICE.type: OnDevice(group, DEVICE)}
+    device = torch.zeros(1).device  # with its index
+    comm._links[group] = {device: OnDevice(group, device)}
 
 
 FORWARD = ["measure", "finish_moments", "sum", "normalize"]
@@ -145,7 +143,7 @@ def test_only_what_is_wanted_is_done() -> None:
         x, r, g = torch.randn(3, 4, 5), torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 4, 5)
         launches[threading.get_ident()] = made = []
         layer(x, r).backward(g)
-        assert made == [*FORWARD, "input_gradient", "sum_gradients", "finish_gradients"]
+        assert made == [*FORWARD, "sum_gradients", "finish_gradients", "input_gradient"]
         weight, bias, residual = layer.weight.grad, layer.bias.grad, r.grad
         layer.zero_grad()
         r.grad = None
@@ -271,7 +269,7 @@ def test_ranks_that_differ_are_found() -> None:
 def test_the_rank_that_is_not_finite_is_named() -> None:
     def body(rank: int, group: Any) -> None:
         connect(group)
-        link = comm.link(group, DEVICE)
+        link = comm.link_of(group, torch.zeros(1).device)
         launches[threading.get_ident()] = []
         x = torch.randn(4, 3, 5)
         if rank == 1:
@@ -280,7 +278,7 @@ def test_the_rank_that_is_not_finite_is_named() -> None:
         link._check_later = lambda slots, call, width: seen.append(slots.tolist())
         layer = syncbn.SyncBatchNorm(3, process_group=group)
         y = layer(x)
-        assert seen[0][4:] == [1, 2] and link.broken_ranks(()) == "0 ranks of 2"
+        assert seen[0][4:] == [1, 2] and link._broken_ranks(None) == "no rank"
         assert y[:, 1].isnan().all() and y[:, 0].isfinite().all()
         assert layer.running_mean.isfinite().all() and layer.running_mean[1] == 0
 
@@ -297,9 +295,9 @@ class Arrived:
 def test_a_warning_names_the_rank_in_a_later_step() -> None:
     def body(rank: int, group: Any) -> None:
         connect(group)
-        link = comm.link(group, DEVICE)
+        link = comm.link_of(group, torch.zeros(1).device)
         link._check_later = lambda slots, call, width: link._late.append(
-            (Arrived(), slots.clone(), call, width, link._number)
+            (Arrived(), slots.clone(), call, width, link.exchanges)
         )
         launches[threading.get_ident()] = []
         layer = syncbn.SyncBatchNorm(3, process_group=group)
@@ -323,6 +321,6 @@ def test_what_a_kernel_cannot_move_is_moved_by_others() -> None:
             syncbn.functional.sync_batch_norm(x, mean, var, training=True, process_group=group)
         torch.testing.assert_close(strided[0], plain[0])
         torch.testing.assert_close(strided[1], plain[1])
-        assert isinstance(syncbn.SyncBatchNorm(3)._remember, Running)
+        assert isinstance(memory_of(syncbn.SyncBatchNorm(3)), Running)
 
     run_ranks(1, body)
