@@ -26,11 +26,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timing import keep_freed_memory, write_csv
-from torch import Tensor, nn
+from torch import nn
 
 import syncbn
-from syncbn import comm, header
-from syncbn.header import FORWARD, INPUT_GRAD, Call
+from syncbn import wire
+from syncbn.comm import Link, OneHop, link_of
+from syncbn.comm.all_reduce import AllReduceOnHost
+from syncbn.comm.frames import Frames
+from syncbn.wire import FORWARD, INPUT_GRAD, Call
 
 WIDTH = 129
 CALLS = 100  # exchanges in one measurement
@@ -38,35 +41,34 @@ SIDES = ("on", "off", "bare")
 
 
 @contextlib.contextmanager
-def checks(side: str) -> Iterator[None]:
-    """The checks as this side has them."""
-    encode, digest, before, hear = header.encode, header.digest, comm._checks, comm.OneHop._hear_refusals
-    comm._checks = "on" if side == "on" else "off"
+def checks(link: Link, side: str) -> Iterator[None]:
+    """The checks of a link as this side has them."""
+    encode, tag, before, hear = wire.encode, wire.tag, link._checks, OneHop._hear_refusals
+    link._checks = "on" if side == "on" else "off"
     if side == "bare":
         constant = encode(Call(FORWARD), WIDTH, 0)
-        header.encode = lambda call, width, number: constant
-        header.digest = lambda bytes_: 7
-        comm.OneHop._hear_refusals = lambda self: None  # type: ignore[method-assign]
+        wire.encode = lambda call, width, number: constant
+        wire.tag = lambda call, width, number=0: 7
+        OneHop._hear_refusals = lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        header.encode, header.digest, comm._checks = encode, digest, before
-        comm.OneHop._hear_refusals = hear  # type: ignore[method-assign]
+        wire.encode, wire.tag, link._checks = encode, tag, before
+        OneHop._hear_refusals = hear  # type: ignore[method-assign]
 
 
-class Echo(comm.OneHop):
+class Echo(OneHop):
     """Exchanges with peers that say what this rank says, at once: all of an exchange but the network."""
 
     def __init__(self, group: Any, size: int) -> None:
         super().__init__(group, torch.device("cpu"))
         self.size = size
-        self._bytes = bytearray((comm._HEAD + comm._FRAME) * 8 * size)
+        self._frames = Frames(size, wire.HEAD + wire.FRAME)
 
-    def _swap(self, message: Tensor, peers: list[tuple[int, list[Tensor]]], call: Call, width: int) -> None:
-        own = self._bytes[: header.SIZE]
-        for rank, _ in peers:
-            start = self._offset(rank)
-            self._bytes[start : start + header.SIZE] = own
+    def _swap(self, frames: Frames, length: int, call: Call, width: int) -> None:
+        own = frames.views[0][: wire.HEADER_BYTES]
+        for view in frames.views[1:]:
+            view[: wire.HEADER_BYTES] = own
 
 
 def in_turn(
@@ -102,15 +104,17 @@ def one_rank_group() -> dist.ProcessGroup:
     return group
 
 
-def measure_exchange(name: str, link: comm.Link, peers: int, rounds: int = 600) -> dict[str, object]:
+def measure_exchange(name: str, link: Link, peers: int, rounds: int = 600) -> dict[str, object]:
     """Microseconds of one exchange on each side."""
     payload, call = torch.randn(WIDTH, dtype=torch.float64), Call(FORWARD, "layer1.0.bn1", INPUT_GRAD)
 
     def exchanges(side: str) -> Callable[[], None]:
         def run() -> None:
-            with checks(side):
+            with checks(link, side):
                 for _ in range(CALLS):
-                    link.exchange(payload, call)
+                    message = link.message(WIDTH, call)
+                    message.payload.copy_(payload)
+                    link.share(message, call)
 
         return run
 
@@ -147,10 +151,11 @@ def step_on_a_rank(rank: int, world: int, store: str, results: Any, rounds: int)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     net = syncbn.convert_sync_batchnorm(network())
     x = torch.randn(4, 3, 16, 16)
+    link = link_of(dist.group.WORLD, x.device)
 
     def step(side: str) -> Callable[[], None]:
         def run() -> None:
-            with checks(side):
+            with checks(link, side):
                 net.zero_grad()
                 net(x).square().sum().backward()
 
@@ -194,7 +199,7 @@ def main() -> None:
     torch.set_num_threads(1)
     group = one_rank_group()
     rows = [measure_exchange("one hop", Echo(group, size), size - 1) for size in (2, 4, 8, 32)]
-    rows.append(measure_exchange("all-reduce", comm.AllReduce(group, torch.device("cpu")), 0))
+    rows.append(measure_exchange("all-reduce", AllReduceOnHost(group, torch.device("cpu")), 0))
     dist.destroy_process_group()
     rows.append(measure_step(2))
     show(rows)

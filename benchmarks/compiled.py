@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 from collections.abc import Callable
 
+import ranks
 import timing
 import torch
 import torch.distributed as dist
@@ -57,24 +57,18 @@ def measure(shape: tuple[int, ...], layout: torch.memory_format, rounds: int, gr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="compiled SyncBatchNorm + ReLU")
-    parser.add_argument("--backend", choices=("none", "gloo", "mpi4py"), default="none")
+    parser.add_argument("--backend", choices=ranks.BACKENDS, default="none")
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
-    group = None
     if args.backend == "none":
         timing.keep_freed_memory()
-    else:
-        if args.backend == "mpi4py":
-            importlib.import_module("syncbn.mpi")  # registers the backend
-        dist.init_process_group(args.backend)
-        group = dist.group.WORLD
     torch.set_num_threads(1)
     rows = []
-    with comm.forced() if group is None else contextlib.nullcontext():
+    with ranks.joined(args.backend) as group, comm.forced() if group is None else contextlib.nullcontext():
         for shape in SHAPES:
             for layout in (torch.contiguous_format, torch.channels_last):
                 rows.append(measure(shape, layout, args.rounds, group))
-                if group is None or group.rank() == 0:
+                if ranks.is_first(group):
                     row = rows[-1]
                     print(
                         f"{row['shape']:>16} {row['layout']:<14} nn eager {row['nn eager us']:7.0f} us  syncbn eager "
@@ -82,10 +76,8 @@ def main() -> None:
                         f"compiled / nn eager {row['ratio']:.2f}",
                         flush=True,
                     )
-    if group is None or group.rank() == 0:
+    if ranks.is_first(group):
         print(f"{timing.machine()}\nwritten: {timing.write_csv(f'compiled-{args.backend}.csv', rows)}")
-    if group is not None:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from syncbn.kernels import triton as kernels
+from syncbn.memory import Running
+from syncbn.messages import Message, Shared
+from syncbn.wire import SLOTS
 
 CALL = 16  # bytes of stack that a call of the float64 division may take
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -59,19 +62,22 @@ def step(shape: tuple[int, ...], dtype: torch.dtype, columns: bool, relu: bool, 
     residual = r if relu else None
     parameters = torch.float16 if half else torch.float32
     weight, bias = (None, None) if half and not relu else (torch.empty(channels, dtype=parameters) for _ in range(2))
-    message = torch.empty(2 * channels + 7, dtype=torch.float64)
-    running = torch.empty(channels), torch.empty(channels), None if half else 0.1, torch.zeros((), dtype=torch.int64)
-    kernels.pack_moments(x, message, 77, 3)
-    sums = message[6 : 7 + 2 * channels]
-    _, mean, invstd, count = kernels.normalize_shared(x, sums, weight, bias, residual, relu, 1e-5, running)
-    args = g, x, mean, invstd, weight, bias, residual, relu
+    whole = torch.empty(SLOTS + 2 * channels + 1, dtype=torch.float64)
+    message, backward = Message(whole, whole[SLOTS:], True, 77, 3), Message(whole[:-1], whole[SLOTS:-1], True, 77, 3)
+    batches = torch.zeros((), dtype=torch.int64)
+    running = Running(torch.empty(channels), torch.empty(channels), None if half else 0.1, batches)
+    kernels.pack_moments(x, None, message)
+    shared = Shared(message.payload[None], True)
+    _, stats, _ = kernels.normalize_shared(x, None, shared, weight, bias, residual, relu, 1e-5, running)
+    args = g, x, None, stats, weight, bias, residual, relu
     dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
-    kernels.pack_gradient_sums(*args, message, 77, 3, dtypes)
-    kernels.shared_input_gradient(*args, sums[:-1], count, relu)
+    kernels.pack_gradient_sums(*args, backward, dtypes)
+    kernels.shared_input_gradient(*args, Shared(backward.payload[None], True), relu)
+    mean, invstd, count = stats[:channels], stats[channels:-1], stats[-1]
     kernels.moments(x)
     kernels.normalize(x, mean, invstd, weight, bias, residual, relu)
     kernels.gradient_sums(g, x, mean, invstd)
-    kernels.input_gradient(g, x, mean, invstd, weight, sums[:-1], count)
+    kernels.input_gradient(g, x, mean, invstd, weight, backward.payload, count)
     if relu:
         kernels.relu_gradient(g, x, mean, invstd, weight, bias, residual)
 

@@ -8,8 +8,8 @@ One process with a group of one rank over NCCL. Compared are
 
 * ``nn.BatchNorm2d`` (cuDNN or PyTorch's own kernels), which synchronizes nothing;
 * the autograd function of ``nn.SyncBatchNorm``, applied directly, so that its synchronized path runs on one rank;
-* ``syncbn.SyncBatchNorm`` within ``comm.forced()``, which runs ours: it is asserted that our kernels and one collective
-  each way ran, by what was launched.
+* ``syncbn.SyncBatchNorm`` within ``comm.forced()``, which runs ours: it is asserted that our kernels and one
+  collective each way ran, by what was launched.
 
 Everything is compared with float64 first. Times are medians of CUDA events, eager and as a CUDA graph. The inputs
 rotate through more memory than the L2 cache holds. Launches and host synchronizations are counted by the profiler.
@@ -36,6 +36,9 @@ from torch.nn.modules import _functions as torchs_functions
 
 import syncbn
 from syncbn import comm, kernels
+from syncbn.comm.all_reduce import AllReduceOnDevice
+from syncbn.messages import Message, Shared
+from syncbn.wire import SLOTS
 
 STAGES = [(64, 112, 112), (64, 56, 56), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -47,14 +50,6 @@ OURS = {
 WHATS = ("forward", "backward", "both")
 PARTS = ("kernel", "layer", "chain")
 EPS = 1e-5
-
-
-class OnDevice(comm.AllReduce):
-    """With --interpret: the link of a device, for CPU tensors."""
-
-    def __init__(self, group: Any, device: torch.device) -> None:
-        super().__init__(group, device)
-        self.in_place = True
 
 
 class TorchSync(nn.BatchNorm2d):
@@ -310,29 +305,31 @@ def number(row: dict[str, object], name: str) -> float:
 
 def measure_kernels(case: Case, layout: str, rounds: int, device: str) -> list[dict[str, object]]:
     """One row for each function: against the reference, and against a copy of the bytes that it must move."""
-    ours = kernels.fused(case.xs[0])
-    assert ours is not None, "the kernels are not used here"
+    ours = kernels.choose(case.xs[0], None, raw=True)
+    assert kernels.name_of(ours) == "Triton", "the kernels are not used here"
     channels = case.shape[1]
-    message = torch.empty(2 * channels + 7, dtype=torch.float64, device=device)
-    ours.pack_moments(case.xs[0], message, 7, 1)
-    sums, exact = message[6:].clone(), case.xs[0].double()
+    whole = torch.empty(SLOTS + 2 * channels + 1, dtype=torch.float64, device=device)
+    message, backward = Message(whole, whole[SLOTS:], True, 7, 1), Message(whole[:-1], whole[SLOTS:-1], True, 7, 1)
+    ours.pack_moments(case.xs[0], None, message)
+    sums, exact = message.payload.clone(), case.xs[0].double()
+    shared, shared_sums = Shared(sums[None], True), Shared(sums[None, :-1], True)
     assert sums[0] == exact.numel() // channels
     expected = torch.cat([exact.sum((0, 2, 3)), exact.square().sum((0, 2, 3))])
     torch.testing.assert_close(sums[1:], expected, rtol=2e-6, atol=1e-6 * float(sums[0]))
     del exact
     weight, bias = torch.ones(channels, device=device), torch.zeros(channels, device=device)
-    _, mean, invstd, count = ours.normalize_shared(case.xs[0], sums, weight, bias, None, False, EPS, None)
+    _, stats, _ = ours.normalize_shared(case.xs[0], None, shared, weight, bias, None, False, EPS, None)
 
     def vectors(i: int) -> tuple[Any, ...]:
-        return case.grads[i], case.xs[i], mean, invstd, weight, bias, None, False
+        return case.grads[i], case.xs[i], None, stats, weight, bias, None, False
 
     functions: dict[str, tuple[int, Callable[[int], object]]] = {
-        "pack_moments": (1, lambda i: ours.pack_moments(case.xs[i], message, 7, 1)),
+        "pack_moments": (1, lambda i: ours.pack_moments(case.xs[i], None, message)),
         "normalize_shared": (
-            2, lambda i: ours.normalize_shared(case.xs[i], sums, weight, bias, None, False, EPS, None),
+            2, lambda i: ours.normalize_shared(case.xs[i], None, shared, weight, bias, None, False, EPS, None),
         ),
-        "pack_gradient_sums": (2, lambda i: ours.pack_gradient_sums(*vectors(i), message, 7, 1, (None, None))),
-        "shared_input_gradient": (3, lambda i: ours.shared_input_gradient(*vectors(i), sums[:-1], count, False)),
+        "pack_gradient_sums": (2, lambda i: ours.pack_gradient_sums(*vectors(i), backward, (None, None))),
+        "shared_input_gradient": (3, lambda i: ours.shared_input_gradient(*vectors(i), shared_sums, False)),
     }  # fmt: skip
     rows: list[dict[str, object]] = []
     for name, (passes, run) in functions.items():
@@ -381,7 +378,8 @@ def main() -> None:
 
         kernels._interpreted = True
         triton._WHOLE = 0
-        comm._links[dist.group.WORLD] = {"cpu": OnDevice(dist.group.WORLD, torch.device("cpu"))}
+        cpu = torch.device("cpu")  # with the link of a device
+        comm._links[dist.group.WORLD] = {cpu: AllReduceOnDevice(dist.group.WORLD, cpu)}
     rows: list[dict[str, object]] = []
     with comm.forced():
         for batch in batches:

@@ -5,18 +5,16 @@
 For each shape and layout the candidates run in turn (A B C A B C ...) in one process. A row gives the median and
 the minimum of the time, the ratio of the median to one `clone` of the input, and the error against float64: relative
 for statistics, absolute for output and input gradient. Errors are measured on an input with the given mean / std,
-before anything is timed. Run it with the allocator told to keep freed memory, or page faults hide everything else:
-
-    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=134217728
+before anything is timed.
 """
 
 import argparse
 import platform
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from timing import keep_freed_memory, seconds_in_turn
 from torch import Tensor
 
 from syncbn.kernels import aten, reference
@@ -157,18 +155,6 @@ class Case:
         return {"syncbn": ours, "nn.BatchNorm2d": torch_layer}
 
 
-def seconds_in_turn(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Times of each candidate, measured in turn after one round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for round_number in range(rounds + 1):
-        for name, candidate in candidates.items():
-            start = time.perf_counter()
-            candidate()
-            if round_number:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def largest_error(actual: Tensor, exact: Tensor, relative: bool) -> float:
     """Largest absolute or relative difference."""
     error = (actual.double() - exact).abs()
@@ -215,4 +201,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

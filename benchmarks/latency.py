@@ -32,8 +32,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn import comm
-from syncbn.header import FORWARD, Call
+from syncbn.comm import Link, OneHop
+from syncbn.comm.all_reduce import AllReduceOnHost
+from syncbn.wire import FORWARD, Call
 
 CHANNELS = (64, 256, 1024, 2048)
 WORLDS = (2, 4, 8)
@@ -59,14 +60,14 @@ def ways(backend: str, payload: Tensor) -> dict[str, Callable[[], Tensor]]:
         return gathered
 
     call = Call(FORWARD, "layer")
-    links: dict[str, comm.Link]
+    linked: dict[str, Link]
     if backend == "gloo":
-        links = {"gloo one hop": comm.OneHop(group, cpu), "gloo all_reduce": comm.AllReduce(group, cpu)}
+        linked = {"gloo one hop": OneHop(group, cpu), "gloo all_reduce": AllReduceOnHost(group, cpu)}
     else:
-        links = {"mpi4py link": comm.AllReduce(group, cpu)}
+        linked = {"mpi4py link": AllReduceOnHost(group, cpu)}
     found: dict[str, Callable[[], Tensor]] = {
         name: lambda link=link: link.sum(payload, call)  # type: ignore[misc]
-        for name, link in links.items()
+        for name, link in linked.items()
     }
     found |= {f"{backend} dist.all_reduce": all_reduce, f"{backend} dist.all_gather": all_gather}
     if backend == "mpi4py":

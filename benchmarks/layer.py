@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 from collections.abc import Callable
 
+import ranks
 import rivals
 import timing
 import torch
@@ -147,30 +147,24 @@ def plot(rows: list[dict[str, object]], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="syncbn.SyncBatchNorm against nn.BatchNorm without sync")
-    parser.add_argument("--backend", choices=("none", "gloo", "mpi4py"), default="none")
+    parser.add_argument("--backend", choices=ranks.BACKENDS, default="none")
     parser.add_argument("--shapes", choices=SHAPES, default="targets")
     parser.add_argument("--rivals", action="store_true", help="fairscale's and a naive layer as well")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    group = None
-    if args.backend != "none":
-        if args.backend == "mpi4py":
-            importlib.import_module("syncbn.mpi")  # registers the backend
-        dist.init_process_group(args.backend)
-        group = dist.group.WORLD
-    else:
+    if args.backend == "none":
         timing.keep_freed_memory()
+    torch.set_num_threads(args.threads)
     rows = []
-    with comm.forced() if group is None else contextlib.nullcontext():
+    with ranks.joined(args.backend) as group, comm.forced() if group is None else contextlib.nullcontext():
         for shape in SHAPES[args.shapes]:
             for layout in (torch.contiguous_format, torch.channels_last):
                 if layout is torch.channels_last and len(shape) != 4:
                     continue
                 row = measure(shape, layout, args.rounds, group, args.rivals)
                 rows.append(row)
-                if group is None or group.rank() == 0:
+                if ranks.is_first(group):
                     print(
                         f"{row['shape']:>16} {row['layout']:<14} nn {row['nn both us']:8.0f} us  "
                         f"syncbn {row['syncbn both us']:8.0f} us  ratio: forward {row['forward ratio']:.2f} "
@@ -183,13 +177,11 @@ def main() -> None:
                         ),
                         flush=True,
                     )
-    if group is None or group.rank() == 0:
+    if ranks.is_first(group):
         name = f"layer-{'rivals' if args.rivals else args.shapes}-{args.backend}-{args.threads}t"
         path = timing.write_csv(f"{name}.csv", rows)
         plot(rows, str(path.with_suffix(".png")))
         print(f"{timing.machine()}\nwritten: {path} and {path.with_suffix('.png').name}")
-    if group is not None:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

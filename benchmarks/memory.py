@@ -10,48 +10,16 @@ output and the gradients. The input is 8x64x56x56 float32 (6.4 MB), for all side
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+import counting
 import timing
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import syncbn
 from syncbn import comm
 
 SHAPE = (8, 64, 56, 56)
-
-
-def kept(run: Callable[[], Tensor], known: list[Tensor]) -> int:
-    """Bytes of storages saved for the backward of ``run``, other than those of ``known`` tensors."""
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run()
-    for tensor in known:
-        sizes.pop(tensor.untyped_storage().data_ptr(), None)
-    del output
-    return sum(sizes.values())
-
-
-def peak(run: Callable[[], Any]) -> int:
-    """Most bytes allocated at one time while ``run`` runs, above what was there before."""
-    run()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        run()
-    assert record.profiler is not None and record.profiler.kineto_results is not None
-    level = highest = 0
-    changes = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        level += event.nbytes()
-        highest = max(highest, level)
-    return highest
 
 
 def sides(relu: bool, residual: bool) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
@@ -74,8 +42,8 @@ def measure(name: str, layer: Callable[[Tensor, Tensor], Tensor], relu: bool, re
     return {
         "side": name,
         "layer": "bn" + " + add" * residual + " + relu" * relu,
-        "kept MB": kept(lambda: layer(x, r), [x, r]) / 1e6,
-        "peak MB": peak(lambda: torch.autograd.grad(layer(x, r), leaves, grad)) / 1e6,
+        "kept MB": counting.kept_bytes(lambda: layer(x, r), [x, r]) / 1e6,
+        "peak MB": counting.peak_bytes(lambda: torch.autograd.grad(layer(x, r), leaves, grad)) / 1e6,
         "input MB": 4e-6 * x.numel(),
     }
 

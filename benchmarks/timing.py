@@ -14,19 +14,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-RESULTS = Path(__file__).parent / "results"
+from syncbn.launch import MALLOC
 
-# glibc gives freed blocks back to the system, and each new activation then faults its pages in: both sides of a
-# comparison would be timed on that. The C library reads these at start-up, hence the second start.
-MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",
-    "MALLOC_TOP_PAD_": "134217728",
-}
+RESULTS = Path(__file__).parent / "results"
 
 
 def keep_freed_memory() -> None:
-    """Start this program again with an allocator that keeps freed memory, unless it has one."""
+    """Start this program again with an allocator that keeps freed memory, unless it has one.
+
+    Without it, glibc gives freed blocks back to the system, and each new activation faults its pages in: both sides of
+    a comparison would be timed on that. The C library reads the settings at start-up, hence the second start.
+    """
     if os.environ.get("MALLOC_TOP_PAD_") != MALLOC["MALLOC_TOP_PAD_"]:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
 
@@ -34,25 +32,39 @@ def keep_freed_memory() -> None:
 def in_turn(
     sides: Mapping[str, Callable[[], object]], rounds: int, group: dist.ProcessGroup | None = None
 ) -> dict[str, float]:
-    """Median seconds of each side, measured A B C A B C ... after two rounds of warm-up.
-
-    With a group, the ranks start each measurement together, so that a side that does not communicate is slowed by its
-    neighbours as much as one that does; the time is the mean over ranks of the medians.
-    """
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 2):
-        for name, side in sides.items():
-            if group is not None:
-                dist.barrier(group)
-            started = time.perf_counter()
-            side()
-            if turn >= 2:
-                times[name].append(time.perf_counter() - started)
+    """Median seconds of each side over the rounds; with a group, the mean over ranks of the medians."""
+    times = seconds_in_turn(sides, rounds, group)
     medians = torch.tensor([statistics.median(values) for values in times.values()], dtype=torch.float64)
     if group is not None:
         dist.all_reduce(medians, group=group)
         medians /= group.size()
     return dict(zip(times, medians.tolist(), strict=True))
+
+
+def seconds_in_turn(
+    sides: Mapping[str, Callable[[], object]],
+    rounds: int,
+    group: dist.ProcessGroup | None = None,
+    rotate: bool = False,
+) -> dict[str, list[float]]:
+    """Seconds of each side in each round, measured A B C A B C ... after two rounds of warm-up.
+
+    With a group, the ranks start each measurement together, so that a side that does not communicate is slowed by its
+    neighbours as much as one that does. ``rotate``: each round begins with another side, that no side always follows
+    the same one.
+    """
+    names = list(sides)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 2):
+        first = turn % len(names) if rotate else 0
+        for name in names[first:] + names[:first]:
+            if group is not None:
+                dist.barrier(group)
+            started = time.perf_counter()
+            sides[name]()
+            if turn >= 2:
+                times[name].append(time.perf_counter() - started)
+    return times
 
 
 def machine() -> str:

@@ -20,29 +20,14 @@ is a short form; ``--full`` takes 2 and 4 samples and 3 seeds.
 
 import argparse
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import experiment
 import torch
 import torch.distributed as dist
-from digits import (
-    Digits,
-    Run,
-    build_mlp,
-    joined_ranks,
-    load_data,
-    mean_and_std,
-    over_seeds,
-    parse,
-    picture,
-    progress,
-    spread,
-    test_accuracy,
-    train,
-    write_csv,
-)
+from digits import Run, build_mlp, load_data, sweep, test_accuracy
 from torch import Tensor, nn
 
 import syncbn
@@ -135,63 +120,43 @@ def reach(alone: Any) -> dict[str, float]:
     return sizes
 
 
-def sweep(args: argparse.Namespace, data: Digits, alone: Any) -> tuple[list[Result], list[Point]]:
+def relax(runs: list[Run], progress: float) -> None:
+    """Relax the limits of all layers of batch renorm."""
+    for each in runs:
+        for layer in each.model.modules():
+            if isinstance(layer, BatchRenorm):
+                layer.relax(progress)
+
+
+def measure(args: argparse.Namespace) -> tuple[dict[str, float], list[Result], list[Point]]:
     """Train at each number of samples per device. All ranks return the same training losses; rank 0's network counts,
     as in a DDP checkpoint.
     """
-    world = dist.get_world_size()
+    alone, _ = dist.new_subgroups(1)
+    reached = reach(alone)
+    data, world = load_data(), dist.get_world_size()
     results, points = [], []
-    with progress(sum(len(data.train_x) // (samples * world) for samples in args.samples) * args.epochs) as bar:
-        for samples in args.samples:
-            bar.set_description(f"{samples} samples per device")
-            in_epoch = len(data.train_x) // (samples * world)
-            peak = 0.1 * samples * world / 32
-            runs = [
-                Run(norm, seed, build(seed), peak)
-                for norm, build in networks(alone).items()
-                for seed in range(args.seeds)
-            ]
-            layers = [layer for run in runs for layer in run.model.modules() if isinstance(layer, BatchRenorm)]
-            for step, _ in enumerate(train(runs, data, samples * world, args.epochs)):
-                bar.update()
-                for layer in layers:
-                    layer.relax((step + 1) / (in_epoch * args.epochs))
-            for run in runs:
-                losses = [sum(run.losses[e * in_epoch : (e + 1) * in_epoch]) / in_epoch for e in range(args.epochs)]
-                points += [Point(run.norm, samples, run.seed, e + 1, loss) for e, loss in enumerate(losses)]
-                accuracy = test_accuracy(run.model, data)
-                results.append(Result(run.norm, samples, world, run.seed, args.epochs, accuracy, losses[-1]))
-    return results, points
-
-
-def format_table(results: list[Result], samples: list[int]) -> str:
-    """Return the Markdown table of test accuracy and train loss, mean +- standard deviation over seeds."""
-    columns = [f"{label} {what}" for what in ("test %", "loss") for label in LABELS.values()]
-    lines = ["| samples per device | " + " | ".join(columns) + " |", "|" + "---|" * (1 + len(columns))]
-    for count in samples:
-        accuracy = [over_seeds(results, norm, count, "test_accuracy") for norm in LABELS]
-        loss = [over_seeds(results, norm, count, "train_loss") for norm in LABELS]
-        cells = [f"{mean:.1f} ± {std:.1f}" for mean, std in accuracy]
-        cells += [f"{mean:.4f} ± {std:.4f}" for mean, std in loss]
-        lines.append(f"| {count} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    for samples, runs in sweep(args, data, networks(alone), after_step=relax):
+        for each in runs:
+            losses = each.epoch_losses(args.epochs)
+            points += [Point(each.norm, samples, each.seed, e + 1, loss) for e, loss in enumerate(losses)]
+            accuracy = test_accuracy(each.model, data)
+            results.append(Result(each.norm, samples, world, each.seed, args.epochs, accuracy, losses[-1]))
+    return reached, results, points
 
 
 def draw(results: list[Result], points: list[Point], samples: list[int], path: Path) -> None:
     """Draw test accuracy against samples per device, and the loss curves at the fewest of them."""
     first, least = results[0], min(samples)
-    title = f"Batch renormalization, digits, {first.ranks} ranks: {spread(len({r.seed for r in results}))}"
-    with picture(path, title) as (left, right):
+    title = f"Batch renormalization, digits, {first.ranks} ranks: {experiment.spread(results)}"
+    with experiment.picture(path, title) as (left, right):
         for (norm, label), marker in zip(LABELS.items(), "osD^", strict=True):
-            means, stds = zip(*(over_seeds(results, norm, s, "test_accuracy") for s in samples), strict=True)
+            means, stds = experiment.curves(results, "test_accuracy", "samples_per_device", samples, norm=norm)
             left.errorbar(samples, means, stds, marker=marker, capsize=4, label=label)
             epochs = list(range(1, first.epochs + 1))
-            at = {e: [p for p in points if (p.norm, p.samples_per_device, p.epoch) == (norm, least, e)] for e in epochs}
-            means, stds = zip(*(mean_and_std(p.train_loss for p in at[e]) for e in epochs), strict=True)
+            means, stds = experiment.curves(points, "train_loss", "epoch", epochs, norm=norm, samples_per_device=least)
             right.errorbar(epochs, means, stds, marker=marker, ms=4, capsize=2, label=label)
-        left.set_xscale("log", base=2)
-        left.set_xticks(samples, [str(s) for s in samples])
-        left.set_xlabel("samples per device")
+        experiment.powers_of_two(left, samples, "samples per device")
         left.set_ylabel("test accuracy (%)")
         right.set_yscale("log")
         right.set_xlabel(f"epoch, at {least} samples per device")
@@ -199,40 +164,28 @@ def draw(results: list[Result], points: list[Point], samples: list[int], path: P
         left.legend()
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description="Batch norm and batch renorm, over one rank's samples and over all.")
-    parser.add_argument("--samples", type=int, nargs="+", default=[2], help="samples per device (2)")
-    parser.add_argument("--seeds", type=int, default=2, help="number of seeds (2)")
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the training set (10)")
-    parser.add_argument("--full", action="store_true", help="the full sweep: samples 2 4, 3 seeds")
-    parser.add_argument("--out", type=Path, default=Path("out/batch_renorm"), help="folder for CSV and PNG")
-    args = parse(parser)
-    if args.full:
-        args.samples, args.seeds = [2, 4], 3
-    if min(args.samples) < 2:
-        parser.error(f"--samples {min(args.samples)}: local statistics need at least 2 samples per device")
-    return args
+def report(args: argparse.Namespace, found: tuple[dict[str, float], list[Result], list[Point]]) -> None:
+    """Print the table and how far a loss reaches, and write the CSVs and the picture."""
+    reached, results, points = found
+    experiment.write_csv(results, args.out / "runs.csv")
+    experiment.write_csv(points, args.out / "curves.csv")
+    draw(results, points, args.samples, args.out / "batch_renorm.png")
+    print(experiment.accuracy_and_loss(results, LABELS, args.samples))
+    print(
+        "A loss on the first rank's outputs gives the last rank's samples a gradient of norm "
+        f"{reached['sync_renorm']:.3g} with statistics over all ranks, {reached['renorm']:.3g} without."
+    )
 
 
 def main() -> None:
     """Run the sweep on the ranks that the launcher started; rank 0 reports."""
-    args = parse_arguments()
-    start = time.monotonic()
-    with joined_ranks():
-        alone, _ = dist.new_subgroups(1)
-        reached = reach(alone)
-        results, points = sweep(args, load_data(), alone)
-        if dist.get_rank() == 0:
-            write_csv(results, args.out / "runs.csv")
-            write_csv(points, args.out / "curves.csv")
-            draw(results, points, args.samples, args.out / "batch_renorm.png")
-            print(format_table(results, args.samples))
-            print(
-                "A loss on the first rank's outputs gives the last rank's samples a gradient of norm "
-                f"{reached['sync_renorm']:.3g} with statistics over all ranks, {reached['renorm']:.3g} without."
-            )
-            print(f"{len(results)} runs in {time.monotonic() - start:.0f} s; wrote CSV and PNG to {args.out}")
+    description = "Batch norm and batch renorm, over one rank's samples and over all."
+    parser = experiment.options(description, samples=[2], seeds=2, epochs=10)
+    experiment.run(
+        experiment.parse(parser, "the full sweep: samples 2 4, 3 seeds", {"samples": [2, 4], "seeds": 3}),
+        measure,
+        report,
+    )
 
 
 if __name__ == "__main__":

@@ -19,27 +19,11 @@ and 3 seeds.
 import argparse
 import dataclasses
 import math
-import time
-from pathlib import Path
 
+import experiment
 import torch
 import torch.distributed as dist
-from digits import (
-    Digits,
-    Run,
-    build_mlp,
-    constant,
-    joined_ranks,
-    load_data,
-    mean_and_std,
-    parse,
-    picture,
-    progress,
-    spread,
-    test_accuracy,
-    train,
-    write_csv,
-)
+from digits import Digits, Run, build_mlp, constant, load_data, test_accuracy, train
 from torch import Tensor, nn
 
 import syncbn
@@ -125,7 +109,7 @@ def scaled(norm: str, seed: int, scale: float) -> nn.Sequential:
     return model
 
 
-def sweep(args: argparse.Namespace, data: Digits) -> tuple[list[Result], list[Point]]:
+def train_all(args: argparse.Namespace, data: Digits) -> tuple[list[Result], list[Point]]:
     """Train all networks of both sweeps side by side."""
     total = args.samples * dist.get_world_size()
     in_epoch = len(data.train_x) // total
@@ -140,55 +124,55 @@ def sweep(args: argparse.Namespace, data: Digits) -> tuple[list[Result], list[Po
         for norm in LABELS
         for seed in range(args.seeds)
     ]
-    with progress(in_epoch * args.epochs) as bar:
-        for _ in train([run for *_, run in jobs], data, total, args.epochs, constant):
+    with experiment.progress(in_epoch * args.epochs) as bar:
+        for _ in train([each for *_, each in jobs], data, total, args.epochs, constant):
             bar.update()
     results, points = [], []
-    for swept, value, run in jobs:
-        results.append(Result(swept, value, run.norm, run.seed, args.epochs, test_accuracy(run.model, data)))
+    for swept, value, each in jobs:
+        results.append(Result(swept, value, each.norm, each.seed, args.epochs, test_accuracy(each.model, data)))
         if swept == "rate":
-            for epoch in range(args.epochs):
-                loss = sum(run.losses[epoch * in_epoch : (epoch + 1) * in_epoch]) / in_epoch
-                points.append(Point(value, run.norm, run.seed, epoch + 1, loss))
+            losses = enumerate(each.epoch_losses(args.epochs), 1)
+            points += [Point(value, each.norm, each.seed, epoch, loss) for epoch, loss in losses]
     return results, points
-
-
-def over_seeds(results: list[Result], swept: str, norm: str, value: float) -> tuple[float, float]:
-    """Return mean and standard deviation over seeds of the test accuracy."""
-    return mean_and_std(r.test_accuracy for r in results if (r.swept, r.norm, r.value) == (swept, norm, value))
 
 
 def best_rate(results: list[Result], norm: str, rates: list[float]) -> float:
     """Return the learning rate at which this kind of network is most accurate."""
-    return max(rates, key=lambda rate: over_seeds(results, "rate", norm, rate)[0])
+    return max(
+        rates, key=lambda rate: experiment.over_seeds(results, "test_accuracy", swept="rate", norm=norm, value=rate)[0]
+    )
 
 
 def format_sweep(results: list[Result], swept: str, values: list[float]) -> str:
     """Return the Markdown table of one sweep."""
     title = {"rate": "learning rate", "scale": "scale of the weights"}[swept]
-    lines = [f"| {title} | " + " | ".join(f"{label}, test %" for label in LABELS.values()) + " |", "|" + "---|" * 4]
-    for value in values:
-        cells = ("{:.1f} ± {:.1f}".format(*over_seeds(results, swept, norm, value)) for norm in LABELS)
-        lines.append(f"| {value:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [
+        [f"{value:g}"]
+        + [
+            experiment.cell(experiment.over_seeds(results, "test_accuracy", swept=swept, norm=norm, value=value), 1)
+            for norm in LABELS
+        ]
+        for value in values
+    ]
+    return experiment.markdown([title, *(f"{label}, test %" for label in LABELS.values())], rows)
 
 
 def draw(args: argparse.Namespace, rows: list[Activation], results: list[Result], points: list[Point]) -> None:
     """Draw one panel for each claim."""
     ranks = dist.get_world_size()
-    title = f"Claims of batch norm, digits, {ranks} ranks with {args.samples} samples: {spread(args.seeds)}"
-    with picture(args.out / "claims.png", title, panels=4) as (first, second, third, fourth):
+    title = f"Claims of batch norm, digits, {ranks} ranks with {args.samples} samples: {experiment.spread(results)}"
+    with experiment.picture(args.out / "claims.png", title, panels=4) as (first, second, third, fourth):
         kinds = [("before", "global", "s"), ("after", "rank", "x"), ("after", "global", "o")]
         for where, batch, marker in kinds:
-            shown = [row for row in rows if (row.where, row.batch) == (where, batch)]
+            channels = [row for row in rows if (row.where, row.batch) == (where, batch)]
             label = f"{where}, " + ("all ranks" if batch == "global" else "one rank alone")
-            first.plot([r.mean for r in shown], [r.std for r in shown], marker, ms=5, alpha=0.6, label=label)
+            first.plot([c.mean for c in channels], [c.std for c in channels], marker, ms=5, alpha=0.6, label=label)
         first.set_xlabel("mean of a channel of the first layer")
         first.set_ylabel("standard deviation")
         first.legend()
         for axis, swept, values in ((second, "rate", args.rates), (third, "scale", args.scales)):
             for (norm, label), marker in zip(LABELS.items(), "Dos", strict=True):
-                means, stds = zip(*(over_seeds(results, swept, norm, value) for value in values), strict=True)
+                means, stds = experiment.curves(results, "test_accuracy", "value", values, swept=swept, norm=norm)
                 axis.errorbar(values, means, stds, marker=marker, capsize=4, label=label, color=COLOURS[norm])
             axis.set_xscale("log")
             axis.set_ylabel(f"test accuracy after {args.epochs} epochs (%)")
@@ -199,10 +183,10 @@ def draw(args: argparse.Namespace, rows: list[Activation], results: list[Result]
         for norm, label in LABELS.items():
             best = best_rate(results, norm, args.rates)
             for rate, style in {RATE: "--", best: "-"}.items():
-                at = {e: [p.train_loss for p in points if (p.rate, p.norm, p.epoch) == (rate, norm, e)] for e in epochs}
-                if not all(at.values()) or not all(math.isfinite(loss) for losses in at.values() for loss in losses):
+                shown = [point for point in points if (point.rate, point.norm) == (rate, norm)]
+                if not shown or not all(math.isfinite(point.train_loss) for point in shown):
                     continue
-                means, stds = zip(*(mean_and_std(at[e]) for e in epochs), strict=True)
+                means, stds = experiment.curves(shown, "train_loss", "epoch", epochs)
                 kind = f"{label}, rate {rate:g}" + (" (its best)" if rate == best else "")
                 fourth.errorbar(epochs, means, stds, ls=style, capsize=3, label=kind, color=COLOURS[norm])
         fourth.set_yscale("log")
@@ -211,8 +195,22 @@ def draw(args: argparse.Namespace, rows: list[Activation], results: list[Result]
         fourth.legend(fontsize=7)
 
 
-def report(args: argparse.Namespace, rows: list[Activation], error: float, results: list[Result]) -> None:
-    """Print the numbers behind each claim."""
+Found = tuple[list[Activation], float, list[Result], list[Point]]
+
+
+def measure(args: argparse.Namespace) -> Found:
+    """Measure each claim."""
+    data = load_data()
+    return *activations(data, args.samples), *train_all(args, data)
+
+
+def report(args: argparse.Namespace, found: Found) -> None:
+    """Print the numbers behind each claim, and write the CSVs and the picture."""
+    rows, error, results, points = found
+    experiment.write_csv(rows, args.out / "activations.csv")
+    experiment.write_csv(results, args.out / "sweeps.csv")
+    experiment.write_csv(points, args.out / "curves.csv")
+    draw(args, rows, results, points)
 
     def furthest(where: str, batch: str) -> str:
         shown = [row for row in rows if (row.where, row.batch) == (where, batch)]
@@ -228,40 +226,14 @@ def report(args: argparse.Namespace, rows: list[Activation], error: float, resul
     print(f"3. Scales of the initial weights:\n{format_sweep(results, 'scale', args.scales)}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description="The classic claims of batch norm, on real ranks.")
-    parser.add_argument("--samples", type=int, default=8, help="samples per device (8)")
-    parser.add_argument("--seeds", type=int, default=2, help="number of seeds (2)")
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the training set (4)")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 1, 3], help="learning rates (0.1 1 3)")
-    parser.add_argument("--scales", type=float, nargs="+", default=[0.1, 1, 10], help="of the weights (0.1 1 10)")
-    parser.add_argument("--full", action="store_true", help="all rates and scales, 3 seeds, 6 epochs")
-    parser.add_argument("--out", type=Path, default=Path("out/claims"), help="folder for CSV and PNG")
-    args = parse(parser)
-    if args.full:
-        args.rates, args.scales = [0.01, 0.03, 0.1, 0.3, 1, 3, 10], [0.01, 0.1, 0.3, 1, 3, 10]
-        args.seeds, args.epochs = 3, 6
-    if args.samples < 2:
-        parser.error(f"--samples {args.samples}: local batch norm needs at least 2 samples per device")
-    return args
-
-
 def main() -> None:
     """Measure each claim on the ranks that the launcher started; rank 0 reports."""
-    args = parse_arguments()
-    start = time.monotonic()
-    with joined_ranks():
-        data = load_data()
-        rows, error = activations(data, args.samples)
-        results, points = sweep(args, data)
-        if dist.get_rank() == 0:
-            write_csv(rows, args.out / "activations.csv")
-            write_csv(results, args.out / "sweeps.csv")
-            write_csv(points, args.out / "curves.csv")
-            draw(args, rows, results, points)
-            report(args, rows, error, results)
-            print(f"{len(results)} runs in {time.monotonic() - start:.0f} s; wrote CSV and PNG to {args.out}")
+    parser = experiment.options("The classic claims of batch norm, on real ranks.", samples=8, seeds=2, epochs=4)
+    experiment.add_option(parser, "rates", [0.1, 1, 3], "learning rates")
+    experiment.add_option(parser, "scales", [0.1, 1, 10], "of the weights")
+    rates, scales = [0.01, 0.03, 0.1, 0.3, 1, 3, 10], [0.01, 0.1, 0.3, 1, 3, 10]
+    full = {"rates": rates, "scales": scales, "seeds": 3, "epochs": 6}
+    experiment.run(experiment.parse(parser, "all rates and scales, 3 seeds, 6 epochs", full), measure, report)
 
 
 if __name__ == "__main__":

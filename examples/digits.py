@@ -1,27 +1,21 @@
-"""What the experiments share: the data, the network, training several networks side by side, CSV and pictures.
+"""What the experiments measure on: the data, the network, and training several networks side by side.
 
 Not a script: the experiments beside it import it.
 """
 
 import argparse
-import contextlib
-import csv
 import dataclasses
+import functools
 import math
-import os
-import statistics
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from experiment import progress
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import syncbn
 
@@ -63,6 +57,11 @@ class Run:
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
 
+    def epoch_losses(self, epochs: int) -> list[float]:
+        """Return the mean loss of each epoch."""
+        steps = len(self.losses) // epochs
+        return [sum(self.losses[epoch * steps : (epoch + 1) * steps]) / steps for epoch in range(epochs)]
+
 
 def load_data() -> Digits:
     """Return the digits data set, which comes with scikit-learn: nothing is downloaded."""
@@ -96,6 +95,11 @@ def build_mlp(norm: str | Callable[[int], nn.Module], seed: int) -> nn.Sequentia
     if norm == "sync":
         syncbn.convert_sync_batchnorm(model)
     return model
+
+
+def mlps(norms: Iterable[str]) -> dict[str, Callable[[int], nn.Sequential]]:
+    """Return, by the names of their normalizations, functions that build the network for a seed."""
+    return {norm: functools.partial(build_mlp, norm) for norm in norms}
 
 
 def warm_up_and_cosine(step: int, steps: int, peak: float, warmup: int = 50) -> float:
@@ -171,76 +175,40 @@ def train(
     average_losses(runs)
 
 
+def sweep(
+    args: argparse.Namespace,
+    data: Digits,
+    networks: Mapping[str, Callable[[int], nn.Sequential]],
+    lr: float = 0.1,
+    after_step: Callable[[list[Run], float], None] = lambda runs, progress: None,
+) -> Iterator[tuple[int, list[Run]]]:
+    """Train `args.seeds` of each of the `networks` at each of `args.samples` samples per device, for `args.epochs`.
+
+    Args:
+        networks: by name, functions that build a network for a seed.
+        lr: peak learning rate at a total batch of 32; it scales linearly.
+        after_step: called after each step, with the progress of the training from 0 to 1.
+
+    Yields the samples per device and the trained runs.
+    """
+    world = dist.get_world_size()
+    in_epoch = {samples: len(data.train_x) // (samples * world) for samples in args.samples}
+    with progress(sum(in_epoch.values()) * args.epochs) as bar:
+        for samples, steps in in_epoch.items():
+            bar.set_description(f"{samples} samples per device")
+            peak = lr * samples * world / 32
+            runs = [
+                Run(norm, seed, build(seed), peak) for norm, build in networks.items() for seed in range(args.seeds)
+            ]
+            for step, _ in enumerate(train(runs, data, samples * world, args.epochs), 1):
+                bar.update()
+                after_step(runs, step / (steps * args.epochs))
+            yield samples, runs
+
+
 def test_accuracy(model: nn.Module, data: Digits) -> float:
     """Return the share of test images that the model, with its running statistics, gets right, in percent."""
     model.eval()
     with torch.no_grad():
         hits = model(data.test_x).argmax(1) == data.test_y
     return 100 * hits.double().mean().item()
-
-
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the options of the command line; stop with a hint where no launcher has started this process."""
-    args = parser.parse_args()
-    if "RANK" not in os.environ:
-        parser.error(f"start the ranks with: python -m syncbn.launch -n 4 examples/{parser.prog}")
-    return args
-
-
-@contextlib.contextmanager
-def joined_ranks() -> Iterator[None]:
-    """Join the ranks that the launcher started, for the length of the block, with one thread each."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    yield
-    dist.destroy_process_group()
-
-
-def progress(steps: int) -> Any:
-    """Return a progress bar on rank 0 for so many steps."""
-    # Without a terminal a bar that is redrawn ten times a second would fill a log file.
-    pace = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=steps, unit="step", disable=dist.get_rank() != 0, mininterval=pace)
-
-
-def mean_and_std(values: Iterable[float]) -> tuple[float, float]:
-    """Return the mean and the sample standard deviation (0 for one value)."""
-    values = list(values)
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def over_seeds(results: Iterable[Any], norm: str, samples: int, field: str) -> tuple[float, float]:
-    """Return mean and standard deviation over seeds of one column, of those with this norm and samples per device."""
-    return mean_and_std(getattr(r, field) for r in results if (r.norm, r.samples_per_device) == (norm, samples))
-
-
-def spread(seeds: int) -> str:
-    """Say what error bars show, for a title."""
-    return f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-
-
-def write_csv(rows: Sequence[Any], path: Path) -> None:
-    """Write one line for each of `rows`, which are dataclasses of one type; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(rows[0])])
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
-
-
-@contextlib.contextmanager
-def picture(path: Path, title: str, panels: int = 2) -> Iterator[Any]:
-    """Give the axes of a row of panels to draw on, and save them as a PNG; makes the folder."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # ranks have no display
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4.2), layout="constrained")
-    yield axes
-    for axis in figure.axes:
-        axis.grid(alpha=0.3)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -16,33 +16,19 @@ and 5 seeds.
 import argparse
 import copy
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
+import experiment
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from digits import (
-    Digits,
-    Run,
-    build_mlp,
-    joined_ranks,
-    load_data,
-    over_seeds,
-    parse,
-    picture,
-    progress,
-    spread,
-    train,
-    write_csv,
-)
+from digits import Digits, Run, load_data, mlps, sweep
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
 
-NORMS = ("local", "sync")
 LABELS = {"local": "local BN", "sync": "SyncBN"}
 
 
@@ -110,107 +96,89 @@ def evaluate(run: Run, data: Digits, total_batch: int) -> tuple[float, float, fl
     return batch_accuracy, running_accuracy, batch_loss, running_loss, distance
 
 
-def sweep(args: argparse.Namespace, data: Digits) -> list[Result]:
+def measure(args: argparse.Namespace) -> list[Result]:
     """Train at each number of samples per device, and evaluate twice. All ranks return the same."""
-    world = dist.get_world_size()
-    results = []
-    with progress(sum(len(data.train_x) // (samples * world) for samples in args.samples) * args.epochs) as bar:
-        for samples in args.samples:
-            bar.set_description(f"{samples} samples per device")
-            peak = 0.1 * samples * world / 32
-            runs = [Run(norm, seed, build_mlp(norm, seed), peak) for norm in NORMS for seed in range(args.seeds)]
-            for _ in train(runs, data, samples * world, args.epochs):
-                bar.update()
-            for run in runs:
-                columns = evaluate(run, data, samples * world)
-                results.append(Result(run.norm, samples, world, run.seed, args.epochs, *columns))
-    return results
+    data, world = load_data(), dist.get_world_size()
+    return [
+        Result(run.norm, samples, world, run.seed, args.epochs, *evaluate(run, data, samples * world))
+        for samples, runs in sweep(args, data, mlps(LABELS))
+        for run in runs
+    ]
 
 
 def format_table(results: list[Result], samples: list[int]) -> str:
     """Return the Markdown table of all columns, mean +- standard deviation over seeds."""
-    lines = [
-        "| samples per device | layer | test %, batch | test %, running | loss, batch | loss, running | distance |",
-        "|" + "---|" * 7,
+    header = [
+        "samples per device",
+        "layer",
+        "test %, batch",
+        "test %, running",
+        "loss, batch",
+        "loss, running",
+        "distance",
     ]
     fields = {"batch_accuracy": 1, "running_accuracy": 1, "batch_loss": 3, "running_loss": 3, "distance": 3}
-    for count in samples:
-        for norm in NORMS:
-            cells = []
-            for field, digits in fields.items():
-                mean, std = over_seeds(results, norm, count, field)
-                cells.append(f"{mean:.{digits}f} ± {std:.{digits}f}")
-            lines.append(f"| {count} | {LABELS[norm]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [
+        [count, label]
+        + [
+            experiment.cell(experiment.over_seeds(results, f, norm=norm, samples_per_device=count), digits)
+            for f, digits in fields.items()
+        ]
+        for count in samples
+        for norm, label in LABELS.items()
+    ]
+    return experiment.markdown(header, rows)
 
 
 def draw(results: list[Result], samples: list[int], path: Path) -> None:
     """Draw accuracy and loss by both kinds of statistics, and the distance, against samples per device."""
     first = results[0]
-    title = f"Train / test discrepancy, digits, {first.ranks} ranks: {spread(len({r.seed for r in results}))}"
+    title = f"Train / test discrepancy, digits, {first.ranks} ranks: {experiment.spread(results)}"
     panels = [
         (("batch_accuracy", "running_accuracy"), "test accuracy (%)"),
         (("batch_loss", "running_loss"), "test loss (nats)"),
         (("distance",), "distance of a batch's mean from the\nrunning one (running standard deviations)"),
     ]
-    with picture(path, title, panels=3) as axes:
+    with experiment.picture(path, title, panels=3) as axes:
         for axis, (fields, label) in zip(axes, panels, strict=True):
-            for norm, colour in zip(NORMS, ("tab:blue", "tab:orange"), strict=True):
+            for norm, colour in zip(LABELS, ("tab:blue", "tab:orange"), strict=True):
                 for field in fields:
                     running = field.startswith("running")
                     kind = "" if field == "distance" else ", running statistics" if running else ", batch statistics"
-                    means, stds = zip(*(over_seeds(results, norm, s, field) for s in samples), strict=True)
+                    means, stds = experiment.curves(results, field, "samples_per_device", samples, norm=norm)
                     axis.errorbar(
                         samples, means, stds, marker="os"[running], ls=["-", "--"][running], capsize=4, color=colour,
                         label=LABELS[norm] + kind,
                     )  # fmt: skip
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(samples, [str(s) for s in samples])
-            axis.set_xlabel("samples per device")
+            experiment.powers_of_two(axis, samples, "samples per device")
             axis.set_ylabel(label)
             axis.legend()
         axes[1].set_yscale("log")
         axes[2].set_yscale("log")
 
 
-def report(results: list[Result], samples: list[int], out: Path, seconds: float) -> None:
+def report(args: argparse.Namespace, results: list[Result]) -> None:
     """Print the table and what it shows, and write the CSV and the picture."""
-    write_csv(results, out / "runs.csv")
-    draw(results, samples, out / "discrepancy.png")
-    print(format_table(results, samples))
-    for norm in NORMS:
+    experiment.write_csv(results, args.out / "runs.csv")
+    draw(results, args.samples, args.out / "discrepancy.png")
+    print(format_table(results, args.samples))
+    for norm, label in LABELS.items():
         gaps = []
-        for count in (min(samples), max(samples)):
-            running = over_seeds(results, norm, count, "running_loss")[0]
-            gaps.append(f"{running - over_seeds(results, norm, count, 'batch_loss')[0]:+.3f} nats at {count}")
-        print(f"{LABELS[norm]}: test loss with running statistics less that with batch statistics: {', '.join(gaps)}.")
-    print(f"{len(results)} runs in {seconds:.0f} s; wrote {out / 'runs.csv'} and {out / 'discrepancy.png'}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description="Batch statistics against running statistics, at several batch sizes.")
-    parser.add_argument("--samples", type=int, nargs="+", default=[2, 16], help="samples per device (2 16)")
-    parser.add_argument("--seeds", type=int, default=2, help="number of seeds (2)")
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the training set (10)")
-    parser.add_argument("--full", action="store_true", help="the full sweep: samples 2 4 8 16, 5 seeds")
-    parser.add_argument("--out", type=Path, default=Path("out/discrepancy"), help="folder for CSV and PNG")
-    args = parse(parser)
-    if args.full:
-        args.samples, args.seeds = [2, 4, 8, 16], 5
-    if min(args.samples) < 2:
-        parser.error(f"--samples {min(args.samples)}: local batch norm needs at least 2 samples per device")
-    return args
+        for count in (min(args.samples), max(args.samples)):
+            running, batch = (
+                experiment.over_seeds(results, field, norm=norm, samples_per_device=count)[0]
+                for field in ("running_loss", "batch_loss")
+            )
+            gaps.append(f"{running - batch:+.3f} nats at {count}")
+        print(f"{label}: test loss with running statistics less that with batch statistics: {', '.join(gaps)}.")
 
 
 def main() -> None:
     """Run the sweep on the ranks that the launcher started; rank 0 reports."""
-    args = parse_arguments()
-    start = time.monotonic()
-    with joined_ranks():
-        results = sweep(args, load_data())
-        if dist.get_rank() == 0:
-            report(results, args.samples, args.out, time.monotonic() - start)
+    description = "Batch statistics against running statistics, at several batch sizes."
+    parser = experiment.options(description, samples=[2, 16], seeds=2, epochs=10)
+    args = experiment.parse(parser, "the full sweep: samples 2 4 8 16, 5 seeds", {"samples": [2, 4, 8, 16], "seeds": 5})
+    experiment.run(args, measure, report)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,17 @@ import os
 import sys
 from pathlib import Path
 
+import experiment
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from digits import Digits, build_mlp, load_data, picture, write_csv
+from digits import Digits, build_mlp, load_data
 from torch import Tensor, nn
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 TOTAL_BATCH = 32
 LEARNING_RATE = 0.05
+HEADER = ["dtype", "layer", "split", "loss diff", "weight diff", "statistics diff", "loss due", "holds"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +159,7 @@ def format_row(case: Case, difference: Difference, good: bool) -> str:
 
 def draw(steps: list[Step], world: int, path: Path) -> None:
     """Draw the difference of the losses at each step, one panel for each precision."""
-    with picture(path, f"{world} ranks against one process with the whole batch of {TOTAL_BATCH}") as axes:
+    with experiment.picture(path, f"{world} ranks against one process with the whole batch of {TOTAL_BATCH}") as axes:
         for axis, dtype in zip(axes, TOLERANCES, strict=True):
             name = str(dtype).removeprefix("torch.")
             for norm, split, label, marker in (
@@ -177,23 +179,13 @@ def draw(steps: list[Step], world: int, path: Path) -> None:
             axis.legend(fontsize=8, loc="center right")
 
 
-def main() -> int:
-    """Run all cases on the ranks that the launcher started; return the exit code, the same on every rank."""
-    parser = argparse.ArgumentParser(description="N ranks against one process with the whole batch.")
-    parser.add_argument("--steps", type=int, default=200, help="SGD steps (200)")
-    parser.add_argument("--out", type=Path, default=Path("out/equivalence"), help="folder for CSV and PNG")
-    args = parser.parse_args()
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        parser.error("needs 2 or more ranks: python -m syncbn.launch -n 4 examples/equivalence.py")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    data = load_data()
+def measure(args: argparse.Namespace) -> tuple[list[Step], int]:
+    """Run all cases; rank 0 says of each whether it holds. Returns what rank 0 is to draw, and how many failed."""
+    data, world = load_data(), dist.get_world_size()
     failures = torch.zeros(1)
     if dist.get_rank() == 0:
-        world = dist.get_world_size()
         print(f"{world} ranks against one process, {args.steps} steps, total batch {TOTAL_BATCH}")
-        print("| dtype | layer | split | loss diff | weight diff | statistics diff | loss due | holds |")
-        print("|" + "---|" * 8)
+        print(experiment.markdown(HEADER, []))
     steps: list[Step] = []
     for case in CASES:
         compared = compare(case, data, args.steps)
@@ -203,12 +195,26 @@ def main() -> int:
             good = holds(case, difference)
             failures += not good
             print(format_row(case, difference, good), flush=True)
-    if dist.get_rank() == 0:
-        write_csv(steps, args.out / "steps.csv")
-        draw(steps, dist.get_world_size(), args.out / "equivalence.png")
     dist.broadcast(failures, src=0)
-    dist.destroy_process_group()
-    return int(failures.item() > 0)
+    return steps, int(failures.item())
+
+
+def report(args: argparse.Namespace, found: tuple[list[Step], int]) -> None:
+    """Write the CSV and the picture."""
+    steps, _ = found
+    experiment.write_csv(steps, args.out / "steps.csv")
+    draw(steps, dist.get_world_size(), args.out / "equivalence.png")
+
+
+def main() -> int:
+    """Run all cases on the ranks that the launcher started; return the exit code, the same on every rank."""
+    parser = experiment.options("N ranks against one process with the whole batch.")
+    experiment.add_option(parser, "steps", 200, "SGD steps")
+    args = experiment.parse(parser)
+    if int(os.environ["WORLD_SIZE"]) < 2:
+        parser.error("needs 2 or more ranks: python -m syncbn.launch -n 4 examples/equivalence.py")
+    _, failures = experiment.run(args, measure, report)
+    return int(failures > 0)
 
 
 if __name__ == "__main__":

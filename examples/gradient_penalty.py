@@ -18,14 +18,20 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+
+try:
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as missing:
+    sys.exit(f"{Path(__file__).name} needs {missing.name}: pip install 'syncbn[examples]'")
 
 
 def critic() -> nn.Sequential:
@@ -60,9 +66,9 @@ def average(value: Tensor, size: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="WGAN-GP critic with synchronized batch norm")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="updates of the critic (200)")
     parser.add_argument("--batch", type=int, default=32, help="samples of each rank")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data (0)")
     args = parser.parse_args()
 
     size = int(os.environ.get("WORLD_SIZE", "1"))

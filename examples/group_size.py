@@ -21,28 +21,14 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import experiment
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from digits import (
-    Digits,
-    Run,
-    average_gradients,
-    batches,
-    joined_ranks,
-    load_data,
-    mean_and_std,
-    parse,
-    picture,
-    progress,
-    spread,
-    warm_up_and_cosine,
-    write_csv,
-)
+from digits import Digits, Run, average_gradients, batches, load_data, warm_up_and_cosine
 from torch import Tensor, nn
 
 import syncbn
@@ -155,7 +141,7 @@ def train(runs: list[Run], data: Digits, total_batch: int, args: argparse.Namesp
     """Train the stacked networks of each group size side by side; return their losses per seed in the last epoch."""
     steps_per_epoch = len(data.train_x) // total_batch
     losses = [torch.zeros(args.seeds, dtype=torch.float64) for _ in runs]
-    with progress(steps_per_epoch * args.epochs) as bar:
+    with experiment.progress(steps_per_epoch * args.epochs) as bar:
         bar.set_description(name)
         for epoch in range(args.epochs):
             for i, mine in enumerate(stacked_batches(data, total_batch, args.seeds, epoch)):
@@ -186,7 +172,7 @@ def accuracies(model: nn.Module, data: Digits, seeds: int) -> list[float]:
     return (100 * hits.double().mean(0)).tolist()
 
 
-def experiment(
+def run_case(
     network: str, samples: int, groups: dict[int, dist.ProcessGroup], data: Digits, args: argparse.Namespace
 ) -> tuple[list[Result], list[Noise], Answer, NoiseReport]:
     """Train with every group size at one number of samples per device, and measure the noise."""
@@ -230,25 +216,33 @@ def experiment(
     asked = report.group_size
     assert asked is not None
     trained = min(max(asked, min(runs)), world)
-    below = average(results, world, "test_accuracy")[0] - average(results, trained, "test_accuracy")[0]
+    below = (
+        experiment.over_seeds(results, "test_accuracy", group_size=world)[0]
+        - experiment.over_seeds(results, "test_accuracy", group_size=trained)[0]
+    )
     return results, noises, Answer(network, samples, args.threshold, asked, trained, below, below <= POINTS), report
-
-
-def average(results: list[Result], k: int, field: str) -> tuple[float, float]:
-    """Return mean and standard deviation over seeds of a column at one group size."""
-    return mean_and_std(getattr(r, field) for r in results if r.group_size == k)
 
 
 def print_results(results: list[Result], answer: Answer) -> None:
     """Print the table of one network and number of samples, and the answer."""
-    print("\n| network | samples per device | group size | noise | test % | train loss |\n" + "|---" * 6 + "|")
+    rows = []
     for k in sorted({r.group_size for r in results}):
-        accuracy, loss = average(results, k, "test_accuracy"), average(results, k, "train_loss")
-        noise = next(r.noise for r in results if r.group_size == k)
-        print(
-            f"| {answer.network} | {answer.samples_per_device} | {k} | {noise:.2f} | {accuracy[0]:.1f} ± "
-            f"{accuracy[1]:.1f} | {loss[0]:.4f} ± {loss[1]:.4f} |"
+        accuracy, loss = (
+            experiment.over_seeds(results, field, group_size=k) for field in ("test_accuracy", "train_loss")
         )
+        noise = next(r.noise for r in results if r.group_size == k)
+        rows.append(
+            [
+                answer.network,
+                answer.samples_per_device,
+                k,
+                f"{noise:.2f}",
+                experiment.cell(accuracy, 1),
+                experiment.cell(loss, 4),
+            ]
+        )
+    print()
+    print(experiment.markdown(["network", "samples per device", "group size", "noise", "test %", "train loss"], rows))
     verdict = "within" if answer.within_one_point else "NOT within"
     print(
         f"Recommended at threshold {answer.threshold:g}: {answer.recommended} (trained: {answer.trained}); "
@@ -260,9 +254,8 @@ def draw(results: list[Result], threshold: float, path: Path) -> None:
     """Draw test accuracy and train loss against group size, and the accuracy lost against noise."""
     cases = sorted({(r.network, r.samples_per_device) for r in results}, reverse=True)
     first = results[0]
-    seeds = len({r.seed for r in results})
-    title = f"Handwritten digits, {first.ranks} ranks, {first.epochs} epochs: {spread(seeds)}"
-    with picture(path, title, panels=3) as axes:
+    title = f"Handwritten digits, {first.ranks} ranks, {first.epochs} epochs: {experiment.spread(results)}"
+    with experiment.picture(path, title, panels=3) as axes:
         for network, samples in cases:
             own = [r for r in results if (r.network, r.samples_per_device) == (network, samples)]
             sizes = sorted({r.group_size for r in own})
@@ -273,17 +266,15 @@ def draw(results: list[Result], threshold: float, path: Path) -> None:
                 "label": f"{network}, {samples} per device",
             }
             for axis, field in zip(axes, ("test_accuracy", "train_loss"), strict=False):
-                means, stds = zip(*(average(own, k, field) for k in sizes), strict=True)
+                means, stds = experiment.curves(own, field, "group_size", sizes)
                 axis.errorbar(sizes, means, stds, capsize=3, **style)
-            full = average(own, max(sizes), "test_accuracy")[0]
-            lost = [full - average(own, k, "test_accuracy")[0] for k in sizes]
+            full = experiment.over_seeds(own, "test_accuracy", group_size=max(sizes))[0]
+            lost = [full - experiment.over_seeds(own, "test_accuracy", group_size=k)[0] for k in sizes]
             noises = [next(r.noise for r in own if r.group_size == k) for k in sizes]
             axes[2].plot(noises, lost, **style)
         for axis, label in zip(axes, ("test accuracy (%)", "train loss, last epoch (nats)"), strict=False):
             ticks = sorted({r.group_size for r in results})
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(ticks, [str(k) for k in ticks])
-            axis.set_xlabel("ranks that share statistics")
+            experiment.powers_of_two(axis, ticks, "ranks that share statistics")
             axis.set_ylabel(label)
         axes[1].set_yscale("log")
         axes[2].set_xscale("log")
@@ -299,55 +290,60 @@ def draw(results: list[Result], threshold: float, path: Path) -> None:
         axes[2].legend(fontsize=8)
 
 
+@dataclasses.dataclass
+class Found:
+    """What all cases gave, and the noise report of the last one."""
+
+    results: list[Result] = dataclasses.field(default_factory=list)
+    noises: list[Noise] = dataclasses.field(default_factory=list)
+    answers: list[Answer] = dataclasses.field(default_factory=list)
+    report: NoiseReport | None = None
+
+
+def sweep(args: argparse.Namespace) -> Found:
+    """Run all cases; rank 0 says of each what it gave."""
+    data, found = load_data(), Found()
+    groups = {k: dist.new_subgroups(k)[0] for k in group_sizes(2)}
+    for network, samples in args.cases:
+        own, noises, answer, found.report = run_case(network, samples, groups, data, args)
+        found.results += own
+        found.noises += noises
+        found.answers.append(answer)
+        if dist.get_rank() == 0:
+            print_results(own, answer)
+            print(found.report)
+    return found
+
+
+def report(args: argparse.Namespace, found: Found) -> None:
+    """Write the CSVs and the pictures, and say how often the answer was right."""
+    experiment.write_csv(found.results, args.out / "runs.csv")
+    experiment.write_csv(found.noises, args.out / "noise.csv")
+    experiment.write_csv(found.answers, args.out / "answers.csv")
+    draw(found.results, args.threshold, args.out / "group_size.png")
+    assert found.report is not None
+    found.report.plot(args.out / "noise.png")
+    held = sum(answer.within_one_point for answer in found.answers)
+    print(
+        f"\nThe recommended group size is within one point of full synchronization in {held} of {len(found.answers)}."
+    )
+
+
 def parse_arguments() -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(prog="group_size.py", description="Statistics over groups of 1, 2, 4, ... ranks.")
+    parser = experiment.options("Statistics over groups of 1, 2, 4, ... ranks.", samples=[2], seeds=2, epochs=6, lr=0.1)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["shallow"], help="networks (shallow)")
-    parser.add_argument("--samples", type=int, nargs="+", default=[2], help="samples per device (2)")
-    parser.add_argument("--seeds", type=int, default=2, help="number of seeds (2)")
-    parser.add_argument("--epochs", type=int, default=6, help="passes over the training set (6)")
-    parser.add_argument("--lr", type=float, default=0.1, help="peak rate at a total batch of 32 (0.1)")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help=f"of the noise report ({THRESHOLD})")
-    parser.add_argument(
-        "--full", action="store_true", help="1, 2 and 4 samples, the deep network at 2; 5 seeds, 8 epochs"
-    )
-    parser.add_argument("--out", type=Path, default=Path("out/group_size"), help="folder for CSV and PNG")
-    args = parse(parser)
-    args.cases = [(network, samples) for network in args.networks for samples in args.samples]
-    if args.full:
-        args.cases, args.seeds, args.epochs = FULL, 5, 8
+    experiment.add_option(parser, "threshold", THRESHOLD, "of the noise report")
+    in_full = "1, 2 and 4 samples, the deep network at 2; 5 seeds, 8 epochs"
+    args = experiment.parse(parser, in_full, {"cases": FULL, "seeds": 5, "epochs": 8}, least_samples=1)
+    if not args.full:
+        args.cases = [(network, samples) for network in args.networks for samples in args.samples]
     return args
 
 
 def main() -> None:
     """Run the sweep on the ranks that the launcher started; rank 0 reports."""
-    args = parse_arguments()
-    start = time.monotonic()
-    results: list[Result] = []
-    noises: list[Noise] = []
-    answers: list[Answer] = []
-    with joined_ranks():
-        data = load_data()
-        groups = {k: dist.new_subgroups(k)[0] for k in group_sizes(2)}
-        for network, samples in args.cases:
-            own, noise, answer, report = experiment(network, samples, groups, data, args)
-            results += own
-            noises += noise
-            answers.append(answer)
-            if dist.get_rank() == 0:
-                print_results(own, answer)
-                print(report)
-        if dist.get_rank() == 0:
-            write_csv(results, args.out / "runs.csv")
-            write_csv(noises, args.out / "noise.csv")
-            write_csv(answers, args.out / "answers.csv")
-            draw(results, args.threshold, args.out / "group_size.png")
-            report.plot(args.out / "noise.png")
-            held = sum(answer.within_one_point for answer in answers)
-            print(
-                f"\nThe recommended group size is within one point of full synchronization in {held} of {len(answers)}."
-            )
-            print(f"{len(results)} runs in {time.monotonic() - start:.0f} s; wrote {args.out}")
+    experiment.run(parse_arguments(), sweep, report)
 
 
 if __name__ == "__main__":

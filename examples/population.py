@@ -20,27 +20,12 @@ takes 10 seeds and 100 steps.
 import argparse
 import copy
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
+import experiment
 import torch.distributed as dist
-from digits import (
-    Digits,
-    Run,
-    build_mlp,
-    joined_ranks,
-    load_data,
-    mean_and_std,
-    parse,
-    picture,
-    progress,
-    spread,
-    test_accuracy,
-    train,
-    write_csv,
-)
+from digits import Digits, Run, build_mlp, load_data, test_accuracy, train
 
 import syncbn
 
@@ -81,36 +66,34 @@ def evaluate(run: Run, data: Digits, steps: int) -> Result:
     return Result(dist.get_world_size(), run.seed, steps, running, test_accuracy(model, data), *offsets)
 
 
-def experiment(args: argparse.Namespace, data: Digits) -> list[Result]:
+def measure(args: argparse.Namespace) -> list[Result]:
     """Train all seeds side by side, and evaluate them after each of `args.steps` steps."""
+    data = load_data()
     in_epoch = len(data.train_x) // TOTAL_BATCH
     epochs = -(-max(args.steps) // in_epoch)
     runs = [Run("sync", seed, build_mlp("sync", seed), args.lr) for seed in range(args.seeds)]
     results = []
-    with progress(epochs * in_epoch) as bar:
+    with experiment.progress(epochs * in_epoch) as bar:
         for step, _ in enumerate(train(runs, data, TOTAL_BATCH, epochs), 1):
             bar.update()
             if step in args.steps:
-                results += [evaluate(run, data, step) for run in runs]
-                for run in runs:
-                    run.model.train()
+                results += [evaluate(each, data, step) for each in runs]
+                for each in runs:
+                    each.model.train()
     return results
-
-
-def over_seeds(results: list[Result], steps: int, field: str) -> tuple[float, float]:
-    """Return the mean and the standard deviation over seeds of one column."""
-    return mean_and_std(getattr(result, field) for result in results if result.steps == steps)
 
 
 def format_table(results: list[Result], steps: list[int]) -> str:
     """Return the Markdown table of both test accuracies, mean +- standard deviation over seeds."""
-    lines = ["| steps | running averages, test % | population statistics, test % | gain |", "|" + "---|" * 4]
+    rows = []
     for count in steps:
-        running = over_seeds(results, count, "running_accuracy")
-        population = over_seeds(results, count, "population_accuracy")
-        cells = [f"{mean:.1f} ± {std:.1f}" for mean, std in (running, population)]
-        lines.append(f"| {count} | " + " | ".join(cells) + f" | {population[0] - running[0]:+.1f} |")
-    return "\n".join(lines)
+        running, population = (
+            experiment.over_seeds(results, field, steps=count) for field in ("running_accuracy", "population_accuracy")
+        )
+        rows.append(
+            [count, experiment.cell(running, 1), experiment.cell(population, 1), f"{population[0] - running[0]:+.1f}"]
+        )
+    return experiment.markdown(["steps", "running averages, test %", "population statistics, test %", "gain"], rows)
 
 
 def draw(results: list[Result], steps: list[int], path: Path) -> None:
@@ -120,10 +103,10 @@ def draw(results: list[Result], steps: list[int], path: Path) -> None:
         [("offset_1", "first layer"), ("offset_2", "second layer")],
     ]
     title = f"Handwritten digits, {results[0].ranks} ranks, total batch {TOTAL_BATCH}"
-    with picture(path, f"{title}: {spread(len({result.seed for result in results}))}") as axes:
+    with experiment.picture(path, f"{title}: {experiment.spread(results)}") as axes:
         for axis, lines in zip(axes, panels, strict=True):
             for (field, label), marker in zip(lines, "so", strict=True):
-                means, stds = zip(*(over_seeds(results, count, field) for count in steps), strict=True)
+                means, stds = experiment.curves(results, field, "steps", steps)
                 axis.errorbar(steps, means, stds, marker=marker, capsize=4, label=label)
             axis.set_xscale("log")
             axis.set_xticks(steps, [str(count) for count in steps])
@@ -134,28 +117,20 @@ def draw(results: list[Result], steps: list[int], path: Path) -> None:
         axes[1].set_ylabel("offset of the running mean\n(population standard deviations)")
 
 
-def report(results: list[Result], args: argparse.Namespace, seconds: float) -> None:
+def report(args: argparse.Namespace, results: list[Result]) -> None:
     """Print the table, and write the CSV and the picture."""
-    write_csv(results, args.out / "runs.csv")
+    experiment.write_csv(results, args.out / "runs.csv")
     draw(results, args.steps, args.out / "population.png")
     print(format_table(results, args.steps))
-    print(
-        f"{args.seeds} seeds on {dist.get_world_size()} ranks in {seconds:.0f} s; wrote {args.out / 'runs.csv'} and "
-        f"{args.out / 'population.png'}"
-    )
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description="Population statistics against running averages.")
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 15, 50], help="evaluate after (5 10 15 50)")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
-    parser.add_argument("--lr", type=float, default=0.8, help="peak rate, reached after 50 steps (0.8)")
-    parser.add_argument("--full", action="store_true", help="10 seeds, steps 2 5 10 15 20 30 50 100")
-    parser.add_argument("--out", type=Path, default=Path("out/population"), help="folder for CSV and PNG")
-    args = parse(parser)
-    if args.full:
-        args.steps, args.seeds = [2, 5, 10, 15, 20, 30, 50, 100], 10
+    parser = experiment.options("Population statistics against running averages.", seeds=3)
+    experiment.add_option(parser, "steps", [5, 10, 15, 50], "evaluate after")
+    experiment.add_option(parser, "lr", 0.8, "peak rate, reached after 50 steps")
+    steps = [2, 5, 10, 15, 20, 30, 50, 100]
+    args = experiment.parse(parser, f"10 seeds, steps {' '.join(map(str, steps))}", {"steps": steps, "seeds": 10})
     args.steps = sorted(set(args.steps))
     if args.steps[0] < 1:
         parser.error(f"--steps {args.steps[0]}: evaluate after 1 step or later")
@@ -164,13 +139,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Run the experiment on the ranks that the launcher started; rank 0 reports."""
-    args = parse_arguments()
-    with joined_ranks():
-        torch.manual_seed(0)
-        start = time.monotonic()
-        results = experiment(args, load_data())
-        if dist.get_rank() == 0:
-            report(results, args, time.monotonic() - start)
+    experiment.run(parse_arguments(), measure, report)
 
 
 if __name__ == "__main__":

@@ -101,10 +101,12 @@ def train(steps: int, fail_rank: int, fail_step: int, fail_in: str) -> tuple[int
 def main() -> None:
     """Parse arguments and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--fail-rank", type=int, default=1)
-    parser.add_argument("--fail-step", type=int, default=3)
-    parser.add_argument("--fail-in", choices=["forward", "backward", "loss"], default="forward")
+    parser.add_argument("--steps", type=int, default=6, help="training steps (6)")
+    parser.add_argument("--fail-rank", type=int, default=1, help="the rank that fails (1)")
+    parser.add_argument("--fail-step", type=int, default=3, help="the step in which it fails (3)")
+    parser.add_argument(
+        "--fail-in", choices=["forward", "backward", "loss"], default="forward", help="where it fails (forward)"
+    )
     args = parser.parse_args()
     dist.init_process_group("gloo")
     train(args.steps, args.fail_rank, args.fail_step, args.fail_in)

@@ -13,7 +13,9 @@ without a launcher.
 import argparse
 import gc
 import inspect
+import io
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+
+try:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+except ModuleNotFoundError as missing:
+    sys.exit(f"{Path(__file__).name} needs {missing.name}: pip install 'syncbn[examples]'")
 
 
 def build_network() -> nn.Module:
@@ -129,10 +135,26 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: 
 
 
 def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
-    """Load the checkpoint, if there is one, on every rank; return the epoch to go on with."""
-    if not path.exists():
+    """Load the checkpoint, if rank 0 has one, on every rank; return the epoch to go on with.
+
+    Rank 0 wrote it and sends it, as ranks on other hosts may not see its disk. What keeps it from reading the file
+    ends all ranks.
+    """
+    sent: list[Any] = [None, ""]
+    if dist.get_rank() == 0 and path.exists():
+        try:
+            sent[0] = path.read_bytes()
+            torch.load(io.BytesIO(sent[0]), map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            sent = [None, f"{path} is no checkpoint to resume from ({reason}); move it, or give another --checkpoint"]
+    dist.broadcast_object_list(sent, src=0, device=device)
+    data, problem = sent
+    if problem:
+        sys.exit(problem if dist.get_rank() == 0 else 1)
+    if data is None:
         return 0
-    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    checkpoint = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return int(checkpoint["epoch"])
@@ -160,6 +182,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     first_epoch = resume(args.checkpoint, network, optimizer, device)
     if is_first and first_epoch:
         print(f"resumed {args.checkpoint} after epoch {first_epoch}")
+    if first_epoch >= args.epochs:
+        accuracy = evaluate(network, test_x, test_y)
+        if is_first:
+            print(
+                f"{args.checkpoint} has {first_epoch} of {args.epochs} epochs: nothing is left to train; test accuracy "
+                f"{accuracy:.2f} %. Give more --epochs, or another --checkpoint to begin anew."
+            )
+        return
     # Running statistics are bitwise equal on all ranks, so DDP need not broadcast them before each forward.
     # (The option was called broadcast_buffers before torch 2.13.)
     options: dict[str, Any] = {"forward_sync_buffers": False}
