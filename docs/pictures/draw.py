@@ -1,0 +1,148 @@
+"""Draws the pictures of the guide beside this file: ``python docs/pictures/draw.py``. Standard library only.
+
+The floors come from the data of the test that enforces them. A test compares the files with what this draws.
+"""
+
+from __future__ import annotations
+
+import sys
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "tests"))
+
+from helpers.floors import FLOORS  # noqa: E402
+
+BATCH = ("modules", "functional", "autograd", "kernels", "links")
+"""The rooms that a batch goes through."""
+
+WIDTH = 980
+MARGIN = 20
+LETTER = 7.9  # pixels of a letter of names, which are set in a monospaced font
+
+# The background is drawn, so that a page in another mode than the reader's system shows a card that can be read.
+STYLE = """
+  .card { fill: #ffffff; } .line { stroke: #6e7781; fill: none; } .head { fill: #6e7781; }
+  text { fill: #1f2328; font: 14px system-ui, "Helvetica Neue", Arial, sans-serif; }
+  .name { font: 13px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
+  .small { fill: #57606a; font-size: 12px; } .title { font-weight: 600; }
+  .box { fill: #f3f5f8; stroke: #8c959f; } .main { fill: #dcebff; stroke: #1f6feb; stroke-width: 1.6; }
+  .floor { stroke: #d0d7de; }
+  @media (prefers-color-scheme: dark) {
+    .card { fill: #161b22; } .line { stroke: #9198a1; } .head { fill: #9198a1; }
+    text { fill: #f0f6fc; } .small { fill: #b1bac4; }
+    .box { fill: #262c36; stroke: #6e7681; } .main { fill: #12315c; stroke: #58a6ff; } .floor { stroke: #3d444d; }
+  }
+"""
+
+
+class Stage(NamedTuple):
+    """A step of a forward or a backward: what it is called, what it does, where it is written."""
+
+    verb: str
+    does: tuple[str, ...]
+    where: str
+    together: bool = False
+
+
+FORWARD = (
+    Stage("measure", ("count, mean and squared", "deviations of x"), "kernels"),
+    Stage("share", ("2C + 1 float64:", "n, mean, M2", "of every rank"), "links", True),
+    Stage("remember", ("move the running", "statistics"), "memory.py, kernels"),
+    Stage("normalize", ("by the mean and variance", "of all ranks"), "kernels"),
+)
+BACKWARD = (
+    Stage("pack sums", ("of g and of g * xhat;", "they are dbias, dweight"), "kernels"),
+    Stage("share", ("2C float64:", "sum g, sum g * xhat", "of every rank"), "links", True),
+    Stage("input gradient", ("dx, from the sums", "of all ranks"), "kernels"),
+)
+
+
+def draw_floors() -> str:
+    """A row for each floor, the lowest at the bottom."""
+    step, top = 48, 46
+    parts = [_text(MARGIN, 28, "Imports point down: a room knows only what lies on the floors below it", "title")]
+    for row, (title, rooms) in enumerate(reversed(FLOORS.items())):
+        y = top + row * step
+        parts.append(_text(MARGIN, y + 24, title, "small"))
+        x = 280.0
+        for room in rooms:
+            width = LETTER * len(room) + 20
+            parts.append(_box(x, y + 4, width, 30, room in BATCH))
+            parts.append(_text(x + width / 2, y + 23, room, "name", "middle"))
+            x += width + 8
+        if row:
+            parts.append(f'<line class="floor" x1="{MARGIN}" y1="{y - 5}" x2="{WIDTH - MARGIN}" y2="{y - 5}"/>')
+    bottom = top + len(FLOORS) * step
+    parts.append(_box(MARGIN, bottom + 4, 16, 16, True))
+    parts.append(_text(MARGIN + 24, bottom + 17, "a batch goes through these, from top to bottom", "small"))
+    return _svg(bottom + 34, parts, "The floors of the package")
+
+
+def draw_step() -> str:
+    """A training step of two ranks: forward and backward, a message each."""
+    parts = _panel(0, "Forward", "x", FORWARD, "y")
+    parts += _panel(250, "Backward, with g = dL/dy", "g", BACKWARD, "dx")
+    note = "The verbs are functions in syncbn/autograd.py; below each column, where its work is done."
+    parts.append(_text(MARGIN, 510, note, "small"))
+    return _svg(526, parts, "One training step of two ranks, and its two messages")
+
+
+def _panel(top: float, title: str, start: str, stages: tuple[Stage, ...], end: str) -> list[str]:
+    parts = [_text(MARGIN, top + 28, title, "title")]
+    left, width, gap, height = 140, 174, 26, 74
+    lanes = [top + 44, top + 44 + height + 14]
+    for rank, lane in enumerate(lanes):
+        middle = lane + height / 2
+        parts.append(_text(MARGIN, middle + 5, f"rank {rank}", "small"))
+        parts.append(_text(left - 36, middle + 5, start, "name", "end"))
+        for column in range(len(stages) + 1):
+            x = left + column * (width + gap)
+            parts.append(_arrow(x - gap - (6 if column == 0 else 0), middle, x - 2))
+        parts.append(_text(left + len(stages) * (width + gap) + 6, middle + 5, end, "name"))
+    for column, stage in enumerate(stages):
+        x = left + column * (width + gap)
+        tall = lanes[1] + height - lanes[0]
+        for lane in lanes[:1] if stage.together else lanes:
+            parts.append(_box(x, lane, width, tall if stage.together else height, stage.together))
+            inside = lane + (tall if stage.together else height) / 2 - 9 * len(stage.does) + 6
+            parts.append(_text(x + width / 2, inside, stage.verb, "title", "middle"))
+            for line, words in enumerate(stage.does):
+                parts.append(_text(x + width / 2, inside + 19 + 17 * line, words, "small", "middle"))
+        parts.append(_text(x + width / 2, lanes[1] + height + 19, stage.where, "name", "middle"))
+    return parts
+
+
+def _svg(height: float, parts: list[str], title: str) -> str:
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" role="img">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect class="card" width="{WIDTH}" height="{height:g}" rx="8"/>',
+        *parts,
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def _box(x: float, y: float, width: float, height: float, main: bool) -> str:
+    kind = "main" if main else "box"
+    return f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="5"/>'
+
+
+def _arrow(x1: float, y: float, x2: float) -> str:
+    line = f'<line class="line" x1="{x1:g}" y1="{y:g}" x2="{x2 - 6:g}" y2="{y:g}"/>'
+    return line + f'<path class="head" d="M{x2:g} {y:g}l-8 -4v8z"/>'
+
+
+PICTURES = {"floors.svg": draw_floors, "step.svg": draw_step}
+
+if __name__ == "__main__":
+    for name, draw in PICTURES.items():
+        (HERE / name).write_text(draw())
