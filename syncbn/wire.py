@@ -49,7 +49,7 @@ SLOTS = 6
 BUCKET = 1024
 """Summed messages have at least this length, in float64. On a host, where the slots are looked at before anything else
 is sent, it is the length of all first messages, and the rest of a wider payload follows when all agree; on a device and
-in compiled graphs messages have a multiple of it."""
+in its compiled graphs messages have a multiple of it."""
 
 # The kinds of exchange.
 FORWARD, BACKWARD, MOMENTS, MOMENTS_BACKWARD, SUM, VOTE, COUNT, POPULATION, NOISE = range(1, 10)
