@@ -15,7 +15,7 @@ sys.path.insert(0, str(HERE.parents[1] / "tests"))
 
 from helpers.floors import FLOORS  # noqa: E402
 
-BATCH = ("modules", "functional", "autograd", "kernels", "links")
+BATCH = ("modules", "functional", "autograd", "kernels", "comm")
 """The rooms that a batch goes through."""
 
 WIDTH = 980
@@ -49,13 +49,13 @@ class Stage(NamedTuple):
 
 FORWARD = (
     Stage("measure", ("count, mean and squared", "deviations of x"), "kernels"),
-    Stage("share", ("2C + 1 float64:", "n, mean, M2", "of every rank"), "links", True),
+    Stage("share", ("2C + 1 float64:", "n, mean, M2", "of every rank"), "comm", True),
     Stage("remember", ("move the running", "statistics"), "memory.py, kernels"),
     Stage("normalize", ("by the mean and variance", "of all ranks"), "kernels"),
 )
 BACKWARD = (
     Stage("pack sums", ("of g and of g * xhat;", "they are dbias, dweight"), "kernels"),
-    Stage("share", ("2C float64:", "sum g, sum g * xhat", "of every rank"), "links", True),
+    Stage("share", ("2C float64:", "sum g, sum g * xhat", "of every rank"), "comm", True),
     Stage("input gradient", ("dx, from the sums", "of all ranks"), "kernels"),
 )
 
