@@ -250,13 +250,3 @@ def test_ctrl_c_ends_a_job_with_one_line(doing: str, whom: str, tmp_path: Path) 
     lines = errors.splitlines()
     assert len(lines) == 2 and lines[0].startswith("syncbn-launch: 2 ranks on")
     assert lines[1] == "syncbn-launch: interrupted; all ranks have ended"
-
-
-@pytest.mark.parametrize(("value", "shown"), [("", "on"), ("nonsense", "wrong: ")])
-def test_the_doctor_speaks_whatever_the_checks_are(value: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from syncbn import _doctor
-
-    monkeypatch.setenv("SYNCBN_CHECKS", value)
-    settings = _doctor.settings()
-    assert settings["checks"].startswith(shown)
-    assert settings["environment"]["SYNCBN_CHECKS"] == value
