@@ -7,17 +7,23 @@ import argparse
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from experiment import progress
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import syncbn
+
+try:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+except ModuleNotFoundError as missing:
+    sys.exit(f"{Path(sys.argv[0]).name} needs {missing.name}: pip install 'syncbn[examples]'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,7 @@ def parse(
     """
     if full is not None:
         parser.add_argument("--full", action="store_true", help=in_full)
-    parser.add_argument("--out", type=Path, default=Path("out") / Path(parser.prog).stem, help="folder for CSV and PNG")
+    parser.add_argument("--out", type=Path, help="folder for CSV and PNG", default=Path("out") / Path(parser.prog).stem)
     args = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error(f"start the ranks with: python -m syncbn.launch -n 4 examples/{parser.prog}")
@@ -128,7 +128,8 @@ def spread(results: Iterable[Any]) -> str:
 
 def cell(pair: tuple[float, float], digits: int) -> str:
     """Return mean and standard deviation as a table shows them."""
-    return f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
+    mean, std = pair
+    return f"{mean:.{digits}f} ± {std:.{digits}f}" if std else f"{mean:.{digits}f}"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -70,7 +70,7 @@ def test_every_option_is_explained(path: Path) -> None:
 def test_one_seed_has_no_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn", reason=HAVE_DATA)
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    from digits import mean_and_std, shown
+    from experiment import cell, mean_and_std
 
-    assert shown(*mean_and_std([95.04]), 1) == "95.0"
-    assert shown(*mean_and_std([1.0, 2.0]), 1) == "1.5 ± 0.7"
+    assert cell(mean_and_std([95.04]), 1) == "95.0"
+    assert cell(mean_and_std([1.0, 2.0]), 1) == "1.5 ± 0.7"
