@@ -130,8 +130,7 @@ def expected(scenario: Scenario) -> list[Expected] | None:
         refused = [call.kind in REFUSED for _, call, _ in heads]
         if any(refused) or len({(call, width) for _, _, (call, width) in heads}) > 1:
             if scenario.way not in SEE_EACH_RANK and not any(refused):
-                bytes_ = [wire.encode(call, width, exchange) for _, _, (call, width) in heads]
-                if len({wire.digest(each) for each in bytes_}) == 1:
+                if len({wire.tag(call, width, exchange) for _, _, (call, width) in heads}) == 1:
                     return None
             errors = ["ValueError" if bad else "RankMismatchError" for bad in refused]
             return [Expected(head[0], error) for head, error in zip(heads, errors, strict=True)]
@@ -234,7 +233,7 @@ def check_numbers(programs: list[list[Step]], seen: list[Seen], awaited: list[Ex
         torch.stack([(y * rows(g)).sum() for y, (_, g) in zip(ys, data, strict=True)]).sum().backward()
         for rank, one in enumerate(seen):
             y, dx = one.results[number]
-            rtol, atol = TOLERANCE[calls[rank].dtype]
+            rtol, atol = max(TOLERANCE[call.dtype] for call in calls)  # all ranks' statistics are in it
             like = data[rank][0]
             close(y, unrows(ys[rank].detach(), like), rtol, 2 * atol, f"output {number} of rank {rank}")
             assert dx is not None and xs[rank].grad is not None
