@@ -129,9 +129,9 @@ def expected(scenario: Scenario) -> list[Expected] | None:
         heads = [queue[0] for queue in queues]
         refused = [call.kind in REFUSED for _, call, _ in heads]
         if any(refused) or len({(call, width) for _, _, (call, width) in heads}) > 1:
-            if scenario.way not in SEE_EACH_RANK and not any(refused):
-                if len({wire.tag(call, width, exchange) for _, _, (call, width) in heads}) == 1:
-                    return None
+            tags = {wire.tag(call, width, exchange) for _, _, (call, width) in heads}
+            if scenario.way not in SEE_EACH_RANK and not any(refused) and len(tags) == 1:
+                return None
             errors = ["ValueError" if bad else "RankMismatchError" for bad in refused]
             return [Expected(head[0], error) for head, error in zip(heads, errors, strict=True)]
         if heads[0][2][0].kind == FORWARD and sum(call.count() for _, call, _ in heads) == 1:
