@@ -22,7 +22,7 @@ from test_packaging import PROJECT, name_of
 COMPILER = os.environ.get("CC", sysconfig.get_config_var("CC")).split()[0]
 RECIPES = {path.name for path in (ROOT / "launch").iterdir()}
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]  # a build compiles for a minute, beside other tests
 pytest.importorskip("build", reason="build is not installed (dependency group: build)")
 
 TRAIN = """
