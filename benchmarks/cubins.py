@@ -69,10 +69,10 @@ def step(shape: tuple[int, ...], dtype: torch.dtype, columns: bool, relu: bool, 
     kernels.pack_moments(x, None, message)
     shared = Shared(message.payload[None], True)
     _, stats, _ = kernels.normalize_shared(x, None, shared, weight, bias, residual, relu, 1e-5, running)
-    args = g, x, None, stats, weight, bias, residual, relu
+    args = kernels.operands(g, x, None, stats, weight, bias, residual, relu)
     dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
-    kernels.pack_gradient_sums(*args, backward, dtypes)
-    kernels.shared_input_gradient(*args, Shared(backward.payload[None], True), relu)
+    kernels.pack_gradient_sums(args, backward, dtypes)
+    kernels.shared_input_gradient(args, Shared(backward.payload[None], True), relu)
     mean, invstd, count = stats[:channels], stats[channels:-1], stats[-1]
     kernels.moments(x)
     kernels.normalize(x, mean, invstd, weight, bias, residual, relu)

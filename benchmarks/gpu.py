@@ -320,16 +320,16 @@ def measure_kernels(case: Case, layout: str, rounds: int, device: str) -> list[d
     weight, bias = torch.ones(channels, device=device), torch.zeros(channels, device=device)
     _, stats, _ = ours.normalize_shared(case.xs[0], None, shared, weight, bias, None, False, EPS, None)
 
-    def vectors(i: int) -> tuple[Any, ...]:
-        return case.grads[i], case.xs[i], None, stats, weight, bias, None, False
+    def vectors(i: int) -> Any:
+        return ours.operands(case.grads[i], case.xs[i], None, stats, weight, bias, None, False)
 
     functions: dict[str, tuple[int, Callable[[int], object]]] = {
         "pack_moments": (1, lambda i: ours.pack_moments(case.xs[i], None, message)),
         "normalize_shared": (
             2, lambda i: ours.normalize_shared(case.xs[i], None, shared, weight, bias, None, False, EPS, None),
         ),
-        "pack_gradient_sums": (2, lambda i: ours.pack_gradient_sums(*vectors(i), backward, (None, None))),
-        "shared_input_gradient": (3, lambda i: ours.shared_input_gradient(*vectors(i), shared_sums, False)),
+        "pack_gradient_sums": (2, lambda i: ours.pack_gradient_sums(vectors(i), backward, (None, None))),
+        "shared_input_gradient": (3, lambda i: ours.shared_input_gradient(vectors(i), shared_sums, False)),
     }  # fmt: skip
     rows: list[dict[str, object]] = []
     for name, (passes, run) in functions.items():

@@ -58,6 +58,9 @@ def sides(shape: tuple[int, ...], layout: str, dtype: torch.dtype, cold: bool) -
     save_mean, save_invstd = stats[:channels].float(), stats[channels:-1].float()
     dtypes = torch.float32, torch.float32
 
+    def operands(g: torch.Tensor, x: torch.Tensor) -> native.Prepared:
+        return native.operands(g, x, None, stats, weight, bias, None, False)
+
     def ours_moments() -> None:
         native.pack_moments(next(inputs)[0], None, forward_message)
 
@@ -66,11 +69,11 @@ def sides(shape: tuple[int, ...], layout: str, dtype: torch.dtype, cold: bool) -
 
     def ours_sums() -> object:
         x, g = next(inputs)
-        return native.pack_gradient_sums(g, x, None, stats, weight, bias, None, False, backward_message, dtypes)
+        return native.pack_gradient_sums(operands(g, x), backward_message, dtypes)
 
     def ours_gradient() -> object:
         x, g = next(inputs)
-        return native.input_gradient(g, x, None, stats, weight, bias, None, False, backward_shared, False)
+        return native.shared_input_gradient(operands(g, x), backward_shared, False)
 
     def ours_forward() -> object:
         x = next(inputs)[0]
@@ -79,8 +82,9 @@ def sides(shape: tuple[int, ...], layout: str, dtype: torch.dtype, cold: bool) -
 
     def ours_backward() -> object:
         x, g = next(inputs)
-        native.pack_gradient_sums(g, x, None, stats, weight, bias, None, False, backward_message, dtypes)
-        return native.input_gradient(g, x, None, stats, weight, bias, None, False, backward_shared, False)
+        given = operands(g, x)
+        native.pack_gradient_sums(given, backward_message, dtypes)
+        return native.shared_input_gradient(given, backward_shared, False)
 
     def theirs_forward() -> object:
         return torch.native_batch_norm(next(inputs)[0], weight, bias, mean, var, True, 0.1, 1e-5)

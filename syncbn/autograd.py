@@ -33,7 +33,7 @@ from syncbn.moments import look
 from syncbn.wire import Call
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # and not frozen, which would take longer to make than all of it to use
 class Plan:
     """All that a forward knows besides tensors.
 
@@ -134,11 +134,12 @@ class SyncBatchNormFunction(_Function):
         plan: Plan,
     ) -> tuple[Tensor, Tensor]:
         call = plan.call(wire.FORWARD)
+        kernel = kernels.choose(x, mask, plan.link.raw)
         with unseen():
-            local = measure(x, mask, plan.link, call)
+            local = measure(kernel, x, mask, plan.link, call)
             shared = plan.link.share(local, call)
             running = remember(shared, x, mask, plan)
-            return normalize(x, mask, shared, weight, bias, residual, plan, running)
+            return normalize(kernel, x, mask, shared, weight, bias, residual, plan, running)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -189,25 +190,27 @@ def _backward(
     kernel = kernels.choose(x, mask, plan.link.raw)
     rest = x, mask, stats, weight, bias, residual
     relu = plan.relu
+    operands = kernel.operands(grad, *rest, relu)
     if relu and not kernel.fuses_relu:
-        grad, relu = kernel.passed_gradient(grad, *rest), False
+        grad, relu = kernel.passed_gradient(operands), False
+        operands = kernel.operands(grad, *rest, relu)
     dx, dweight, dbias, g = None, None, None, None if relu else grad
     call = plan.call(wire.BACKWARD)
     message = plan.link.message(2 * x.shape[1], call) if needs_x else None
     if needs_x or dtypes != (None, None):
-        dweight, dbias = kernel.pack_gradient_sums(grad, *rest, relu, message, dtypes)
+        dweight, dbias = kernel.pack_gradient_sums(operands, message, dtypes)
     if message is not None:
-        dx, passed = kernel.shared_input_gradient(grad, *rest, relu, plan.link.share(message, call), relu and needs_g)
+        dx, passed = kernel.shared_input_gradient(operands, plan.link.share(message, call), relu and needs_g)
         g = passed if relu else grad
     elif relu and needs_g:
-        g = kernel.passed_gradient(grad, *rest)
+        g = kernel.passed_gradient(operands)
     return dx, dweight, dbias, g
 
 
-def measure(x: Tensor, mask: Tensor | None, link: Link, call: Call) -> Message:
+def measure(kernel: Any, x: Tensor, mask: Tensor | None, link: Link, call: Call) -> Message:
     """The moments of this rank's valid positions, in a message for the others."""
     message = link.message(2 * x.shape[1] + 1, call)
-    kernels.choose(x, mask, message.raw).pack_moments(x, mask, message)
+    kernel.pack_moments(x, mask, message)
     return message
 
 
@@ -228,6 +231,7 @@ def remember(shared: Shared, x: Tensor, mask: Tensor | None, plan: Plan) -> Runn
 
 
 def normalize(
+    kernel: Any,
     x: Tensor,
     mask: Tensor | None,
     shared: Shared,
@@ -238,7 +242,6 @@ def normalize(
     running: Running | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and ``(mean[C], invstd[C], n)`` of the global batch."""
-    kernel = kernels.choose(x, mask, shared.raw)
     y, stats, finite = kernel.normalize_shared(x, mask, shared, weight, bias, residual, plan.relu, plan.eps, running)
     if finite is False:
         plan.link.warn_broken(shared, plan.layer)
@@ -260,7 +263,8 @@ class GlobalMomentsFunction(_Function):
     def forward(x: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         call = plan.call(wire.MOMENTS)
         with unseen():
-            shared = plan.link.share(measure(x, mask, plan.link, call), call)
+            kernel = kernels.choose(x, mask, plan.link.raw)
+            shared = plan.link.share(measure(kernel, x, mask, plan.link, call), call)
             total = look(shared.on(x.device).moments())
         if total.finite is False:
             plan.link.warn_broken(shared, plan.layer)
@@ -311,7 +315,8 @@ class _PassesFunction(_Function):
     @staticmethod
     def forward(x: Tensor, mask: Tensor | None, stats: Tensor, *rest: Any) -> Tensor:
         *parameters, raw = rest
-        return kernels.choose(x, mask, raw).passed_gradient(torch.ones_like(x), x, mask, stats, *parameters)
+        kernel = kernels.choose(x, mask, raw)
+        return kernel.passed_gradient(kernel.operands(torch.ones_like(x), x, mask, stats, *parameters, True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from syncbn import kernels as choice
 from syncbn.kernels import aten, reference
 from syncbn.kernels.composed import Composed
+from syncbn.kernels.operands import Operands
 from syncbn.memory import Running
 from syncbn.messages import Message, Shared
 
@@ -499,23 +500,21 @@ def test_composed_forms_are_those_of_the_reference(shape, kind, dtype, relu, raw
     assert_same(running[0].var, running[1].var, torch.float32)
     assert running[0].batches == running[1].batches == (4 if payload[0] > 0 else 3)
 
-    args = grad, x, mask, forward[1][1], weight, bias, residual
+    args = Operands(grad, x, mask, forward[1][1], weight, bias, residual, relu)
     sent = [filled(2 * channels, raw) for _ in modules]
     kinds = torch.float32, torch.float64
-    gradients = [
-        module.pack_gradient_sums(*args, relu, message, kinds) for module, message in zip(modules, sent, strict=True)
-    ]
+    gradients = [module.pack_gradient_sums(args, message, kinds) for module, message in zip(modules, sent, strict=True)]
     assert_same(sent[0].payload, sent[1].payload, torch.float32)
     for ours, theirs in zip(*gradients, strict=True):
         assert_same(ours, theirs, torch.float32)
-    assert modules[0].pack_gradient_sums(*args, relu, None, (None, None)) == (None, None)
-    assert_same(modules[0].passed_gradient(*args), modules[1].passed_gradient(*args), dtype)
+    assert modules[0].pack_gradient_sums(args, None, (None, None)) == (None, None)
+    assert_same(modules[0].passed_gradient(args), modules[1].passed_gradient(args), dtype)
 
     shared = Shared(torch.stack([sent[1].payload, 0.5 * sent[1].payload]), raw)
-    backward = [module.shared_input_gradient(*args, relu, shared, True) for module in modules]
+    backward = [module.shared_input_gradient(args, shared, True) for module in modules]
     assert_same(backward[0][0], backward[1][0], dtype)
     assert torch.equal(backward[0][1].double(), backward[1][1].double())
-    assert modules[0].shared_input_gradient(*args, relu, shared, False)[1] is None
+    assert modules[0].shared_input_gradient(args, shared, False)[1] is None
 
 
 def test_what_the_other_ranks_bring_is_merged() -> None:
@@ -533,7 +532,8 @@ def test_what_the_other_ranks_bring_is_merged() -> None:
         torch.testing.assert_close(stats, torch.cat([expected[1:4], invstd, expected[:1]]))
         torch.testing.assert_close(y, reference.normalize(whole, expected[1:4], invstd, None, None)[:5])
         sums = torch.randn(2, 6, dtype=torch.float64)
-        dx, _ = module.shared_input_gradient(grad, x, None, stats, None, None, None, False, Shared(sums, False), False)
+        args = Operands(grad, x, None, stats, None, None, None, False)
+        dx, _ = module.shared_input_gradient(args, Shared(sums, False), False)
         exact = reference.input_gradient(grad, x, expected[1:4], invstd, None, sums.sum(0), expected[0])
         torch.testing.assert_close(dx, exact)
 

@@ -201,9 +201,9 @@ def check(case: Case) -> None:
     close(y, case.output(stats), dtype, "y")
     shut = y <= 0 if case.relu else torch.zeros_like(x, dtype=torch.bool)
     sums, dx_expected, g_expected, xhat = case.gradients(stats, shut)
-    arguments = case.grad, x, case.mask, stats, case.weight, case.bias, case.residual
+    given = native.operands(case.grad, x, case.mask, stats, case.weight, case.bias, case.residual, case.relu)
     sent = message(2 * channels)
-    dweight, dbias = native.pack_gradient_sums(*arguments, case.relu, sent, (torch.float32, torch.float64))
+    dweight, dbias = native.pack_gradient_sums(given, sent, (torch.float32, torch.float64))
     assert sent.whole[:7].isnan().all() and sent.whole[-1].isnan()
     assert dweight is not None and dbias is not None
     size = 1 + float((case.grad.double() * xhat).abs().nan_to_num().sum()) / max(channels, 1)
@@ -211,14 +211,14 @@ def check(case: Case) -> None:
     assert torch.equal(dweight, sent.payload[channels:].float()) and torch.equal(dbias, sent.payload[:channels])
     shared = Shared(sums[None], False)
     for wants_g in (False, True):
-        dx, g = native.shared_input_gradient(*arguments, case.relu, shared, wants_g)
+        dx, g = native.shared_input_gradient(given, shared, wants_g)
         assert dx.dtype is dtype and dx.stride() == torch.empty_like(x).stride()
         close(dx, dx_expected, dtype, "dx", 3.0)
         assert (g is not None) is wants_g
         if g is not None:
             assert torch.equal(g.double(), g_expected) and g.dtype is case.grad.dtype
     if case.relu:
-        assert torch.equal(native.passed_gradient(*arguments).double(), g_expected)
+        assert torch.equal(native.passed_gradient(given).double(), g_expected)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "permuted", "strided"])
@@ -265,8 +265,8 @@ def test_parameter_gradients_in_half_precision(dtype: torch.dtype) -> None:
     case = make((4, 12, 5, 5), dtype, affine=dtype)
     stats = case.stats()
     sums = case.gradients(stats, torch.zeros_like(case.x, dtype=torch.bool))[0]
-    arguments = case.grad, case.x, None, stats, case.weight, case.bias, None, False, None
-    dweight, dbias = native.pack_gradient_sums(*arguments, (dtype, None))
+    given = native.operands(case.grad, case.x, None, stats, case.weight, case.bias, None, False)
+    dweight, dbias = native.pack_gradient_sums(given, None, (dtype, None))
     assert dbias is None and dweight is not None and dweight.dtype is dtype
     close(dweight, sums[12:], dtype, "dweight", 100.0)
 
@@ -303,10 +303,10 @@ def test_not_a_number_stays_visible(relu: bool) -> None:
         assert not finite and y[:, 2].isnan().all()
         others = [c for c in range(6) if c != 2]
         assert stats[others].isfinite().all() and y[:, others].isfinite().all()
-        arguments = case.grad, case.x, None, stats, case.weight, case.bias, None, relu
+        given = native.operands(case.grad, case.x, None, stats, case.weight, case.bias, None, relu)
         sums = message(12)
-        native.pack_gradient_sums(*arguments, sums, (None, None))
-        dx, _ = native.shared_input_gradient(*arguments, Shared(sums.payload[None], False), False)
+        native.pack_gradient_sums(given, sums, (None, None))
+        dx, _ = native.shared_input_gradient(given, Shared(sums.payload[None], False), False)
         assert dx[:, 2].isnan().all() and dx[:, others].isfinite().all()
 
 
@@ -361,10 +361,10 @@ def test_no_less_exact_than_pytorch(shape: tuple[int, ...], layout: str, offset:
     stats = exact.stats()
     dx = exact.gradients(stats, torch.zeros_like(case.x, dtype=torch.bool))[1]
     y_ours, stats_ours, _ = forward(case)
-    arguments = case.grad, case.x, None, stats_ours, case.weight, case.bias, None, False
+    given = native.operands(case.grad, case.x, None, stats_ours, case.weight, case.bias, None, False)
     sent = message(2 * shape[1])
-    native.pack_gradient_sums(*arguments, sent, (None, None))
-    dx_ours, _ = native.shared_input_gradient(*arguments, Shared(sent.payload[None], False), False)
+    native.pack_gradient_sums(given, sent, (None, None))
+    dx_ours, _ = native.shared_input_gradient(given, Shared(sent.payload[None], False), False)
     norm = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1])
     with torch.no_grad():
         norm.weight.copy_(case.weight)
@@ -395,7 +395,7 @@ def test_rectifier_shuts_where_the_output_was_zero(dtype: torch.dtype, layout: s
         parts = Shared(sent.payload[None], False)
         operands = case.weight, case.bias, case.residual
         y_relu = native.normalize_shared(case.x, None, parts, *operands, True, EPS, None)[0]
-        open_ = native.passed_gradient(torch.ones_like(case.x), case.x, None, stats, *operands)
+        open_ = native.passed_gradient(native.operands(torch.ones_like(case.x), case.x, None, stats, *operands, True))
         assert torch.equal(open_ != 0, y_relu > 0)
 
 
@@ -433,7 +433,8 @@ def test_statistics_have_the_same_bits_with_every_instruction_set() -> None:
         mean, var = torch.zeros(33), torch.ones(33)
         running = Running(mean, var, 0.1)
         y, stats, _ = native.normalize_shared(x, None, Shared(parts, False), None, None, None, True, EPS, running)
-        dx, _ = native.shared_input_gradient(grad, x, None, stats, None, None, None, True, Shared(sums, False), False)
+        given = native.operands(grad, x, None, stats, None, None, None, True)
+        dx, _ = native.shared_input_gradient(given, Shared(sums, False), False)
         results.append((y, stats, mean, var, dx))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))

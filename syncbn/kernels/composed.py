@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from syncbn.channels import compute_dtype, per_channel, reduced_dims
+from syncbn.kernels.operands import Operands
 from syncbn.memory import Running
 from syncbn.messages import Message, Shared, fill
 from syncbn.moments import look
@@ -46,11 +47,13 @@ class Composed:
         y = self.plain.normalize(_clean(x, mask), total.mean, invstd, weight, bias, residual, relu)
         return y, torch.cat([total.mean, invstd, total.n.view(1)]), total.finite
 
+    operands = Operands
+
     def pack_gradient_sums(
-        self, grad: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-        residual: Tensor | None, relu: bool, message: Message | None, dtypes: tuple[torch.dtype | None, ...],
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        self, operands: Operands, message: Message | None, dtypes: tuple[torch.dtype | None, ...]
+    ) -> tuple[Tensor | None, ...]:
         """See ``reference``."""
+        grad, x, mask, stats, weight, bias, residual, relu = operands
         mean, invstd, _ = _parts(stats)
         x = _clean(x, mask)
         if relu:
@@ -61,11 +64,9 @@ class Composed:
         total, dot = sums.chunk(2)
         return tuple(None if d is None else v.to(d) for v, d in zip((dot, total), dtypes, strict=True))
 
-    def shared_input_gradient(
-        self, grad: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-        residual: Tensor | None, relu: bool, shared: Shared, wants_g: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    def shared_input_gradient(self, operands: Operands, shared: Shared, wants_g: bool) -> tuple[Tensor, Tensor | None]:
         """See ``reference``."""
+        grad, x, mask, stats, weight, bias, residual, relu = operands
         mean, invstd, count = _parts(stats)
         given, x = x, _clean(x, mask)
         if relu:
@@ -79,11 +80,9 @@ class Composed:
             torch.where(mask, dx, direct, out=dx)  # the statistics do not depend on a padded position
         return dx, grad if wants_g else None
 
-    def passed_gradient(
-        self, grad: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-        residual: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def passed_gradient(self, operands: Operands) -> Tensor:
         """See ``reference``."""
+        grad, x, mask, stats, weight, bias, residual, _ = operands
         mean, invstd, _ = _parts(stats)
         return self.plain.relu_gradient(grad, _clean(x, mask), mean, invstd, weight, bias, residual)
 

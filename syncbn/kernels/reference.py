@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from syncbn.channels import along_channels
+from syncbn.kernels.operands import Operands
 from syncbn.memory import Running
 from syncbn.messages import Message, Shared, fill
 from syncbn.moments import Moments
@@ -121,10 +122,13 @@ def normalize_shared(
     return y, torch.cat([total.mean, invstd, total.n.view(1)]), finite
 
 
+operands = Operands
+"""What the three functions of the backward take: from the arguments of ``Operands``."""
+
+
 def pack_gradient_sums(
-    grad: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, relu: bool, message: Message | None, dtypes: tuple[torch.dtype | None, ...],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    operands: Operands, message: Message | None, dtypes: tuple[torch.dtype | None, ...]
+) -> tuple[Tensor | None, ...]:
     """Write ``gradient_sums`` over all positions, valid or not, into a message's payload, if there is one.
 
     The gradient is what passes the rectifier, if ``relu``.
@@ -135,18 +139,15 @@ def pack_gradient_sums(
     Returns:
         ``(dweight, dbias)``: ``sum g * xhat`` and ``sum g``, each of shape ``(C,)`` or None.
     """
-    g = passed_gradient(grad, x, mask, stats, weight, bias, residual) if relu else grad
-    sums = gradient_sums(g, _clean(x, mask), *_mean_and_invstd(stats))
+    g = passed_gradient(operands) if operands.relu else operands.grad
+    sums = gradient_sums(g, _clean(operands.x, operands.mask), *_mean_and_invstd(operands.stats))
     if message is not None:
         fill(message, sums)
     total, dot = sums.chunk(2)
     return None if dtypes[0] is None else dot.to(dtypes[0]), None if dtypes[1] is None else total.to(dtypes[1])
 
 
-def shared_input_gradient(
-    grad: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, relu: bool, shared: Shared, wants_g: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def shared_input_gradient(operands: Operands, shared: Shared, wants_g: bool) -> tuple[Tensor, Tensor | None]:
     """``dx = weight * invstd * (g - m * (sum_g / n + xhat * sum_gxhat / n))`` with the sums of all ranks; m the mask.
 
     It is zero where x is not finite and not valid.
@@ -155,18 +156,17 @@ def shared_input_gradient(
         ``(dx, g)``: dx in dtype and layout of x; g, what passes the rectifier, as from ``passed_gradient``, or None
         where it is not wanted.
     """
-    g = passed_gradient(grad, x, mask, stats, weight, bias, residual) if relu else grad
+    g = passed_gradient(operands) if operands.relu else operands.grad
+    _, x, mask, stats, weight, *_ = operands
     dx = _input_gradient(g.double(), _clean(x, mask), mask, *_mean_and_invstd(stats), weight, shared.sum(), stats[-1])
     if mask is not None:
         dx = torch.where(mask | x.isfinite(), dx, 0)
     return dx, g if wants_g else None
 
 
-def passed_gradient(
-    grad: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """``relu_gradient``, where x may have padding that is not finite."""
+def passed_gradient(operands: Operands) -> Tensor:
+    """``relu_gradient``, where x may have padding that is not finite. For operands with ``relu``."""
+    grad, x, mask, stats, weight, bias, residual, _ = operands
     return relu_gradient(grad, _clean(x, mask), *_mean_and_invstd(stats), weight, bias, residual)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from syncbn.channels import has_columns
 from syncbn.kernels import triton_kernels
+from syncbn.kernels.operands import Operands
 from syncbn.memory import Running
 from syncbn.messages import Message, Shared
 
@@ -341,16 +342,12 @@ def relu_gradient(
     return call.restored(masked)
 
 
-def passed_gradient(
-    grad: Tensor,
-    x: Tensor,
-    mask: None,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+operands = Operands
+
+
+def passed_gradient(operands: Operands) -> Tensor:
     """See ``reference``; without a mask."""
+    grad, x, _, stats, weight, bias, residual, _ = operands
     return relu_gradient(grad, x, *_mean_and_invstd(stats), weight, bias, residual)
 
 
@@ -369,18 +366,10 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tens
 
 
 def pack_gradient_sums(
-    grad: Tensor,
-    x: Tensor,
-    mask: None,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    message: Message | None,
-    dtypes: tuple[torch.dtype | None, ...],
+    operands: Operands, message: Message | None, dtypes: tuple[torch.dtype | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """See ``reference``; without a mask."""
+    grad, x, _, stats, weight, bias, residual, relu = operands
     gradients = tuple(None if d is None else torch.empty(x.shape[1], dtype=d, device=x.device) for d in dtypes)
     headed = message is not None and message.number > 0
     target, tag, number = None, 0, 0
@@ -437,19 +426,9 @@ def input_gradient(
     return _both_gradients(grad, x, stats, weight, None, None, False, sums.contiguous(), count, False)[0]
 
 
-def shared_input_gradient(
-    grad: Tensor,
-    x: Tensor,
-    mask: None,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    shared: Shared,
-    wants_g: bool,
-) -> tuple[Tensor, Tensor | None]:
+def shared_input_gradient(operands: Operands, shared: Shared, wants_g: bool) -> tuple[Tensor, Tensor | None]:
     """See ``reference``; without a mask."""
+    grad, x, _, stats, weight, bias, residual, relu = operands
     return _both_gradients(
         grad, x, _mean_and_invstd(stats), weight, bias, residual, relu, _summed(shared), stats[-1], wants_g
     )

@@ -40,6 +40,7 @@ __all__ = [
     "available",
     "instructions",
     "normalize_shared",
+    "operands",
     "pack_gradient_sums",
     "pack_moments",
     "passed_gradient",
@@ -291,7 +292,27 @@ def _running(running: Running, channels: int) -> tuple[int, int, int, int, int, 
     return mean.data_ptr(), kind, var.data_ptr(), other, counter, momentum
 
 
-def _operands(
+class Prepared(NamedTuple):
+    """``Operands`` as C takes them.
+
+    Attributes:
+        arguments: what the three functions of the backward have in common: addresses, and what is known of them.
+        x, grad: as C works on them, perhaps copies.
+        stats, relu: as given.
+        given: x and grad as they were given.
+        kept: other tensors that the addresses belong to.
+    """
+
+    arguments: tuple[object, ...]
+    x: Tensor
+    grad: Tensor
+    stats: Tensor
+    relu: bool
+    given: tuple[Tensor, Tensor]
+    kept: tuple[Tensor | None, ...]
+
+
+def operands(
     grad: Tensor,
     x: Tensor,
     mask: Tensor | None,
@@ -300,8 +321,9 @@ def _operands(
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
-) -> tuple[tuple[object, ...], tuple[Tensor | None, ...], Tensor, Tensor]:
-    """What the functions of the backward hand to C; the tensors that these addresses belong to; of them x and grad."""
+) -> Prepared:
+    """What the three functions of the backward take, from the arguments of ``Operands``."""
+    given = x, grad
     layout = _layout(x)
     geometry, channels, most, limit = layout
     if not relu:
@@ -337,41 +359,30 @@ def _operands(
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else _VECTORS[bias.dtype],
     )
-    return arguments, (mask, residual, weight, bias), x, grad
+    return Prepared(arguments, x, grad, stats, relu, given, (mask, residual, weight, bias))
 
 
 def pack_gradient_sums(
-    grad: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    message: Message | None,
-    dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    operands: Prepared, message: Message | None, dtypes: tuple[torch.dtype | None, torch.dtype | None]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write ``(sum g, sum g * xhat)`` over all positions into the message.
 
     g is grad; with ``relu``, zero where the output, computed again bit for bit, is not positive (and not NaN).
 
     Args:
-        grad: Gradient of the loss with respect to y, shape of x, any strides.
-        x, mask, weight, bias, residual, relu: As in ``normalize_shared``.
-        stats: Its second result.
+        operands: From ``operands``.
         message: Its payload is float64 of length ``2C``; or None.
         dtypes: Of the gradients of weight and bias; None for those that are not wanted.
 
     Returns:
         ``(dweight, dbias)``: ``sum g * xhat`` and ``sum g``.
     """
-    arguments, _kept, x, _ = _operands(grad, x, mask, stats, weight, bias, residual, relu)
-    channels = x.shape[1]
+    stats = operands.stats
+    channels = operands.x.shape[1]
     dweight = _gradient(stats, channels, dtypes[0])
     dbias = _gradient(stats, channels, dtypes[1])
     _native.pack_gradient_sums(
-        *arguments,
+        *operands.arguments,
         0 if message is None else _payload(message.payload, 2 * channels),
         0 if dweight is None else dweight.data_ptr(),
         0 if dweight is None else _VECTORS[dweight.dtype],
@@ -392,36 +403,26 @@ def _gradient(stats: Tensor, channels: int, dtype: torch.dtype | None) -> Tensor
     return None if dtype is None else stats.new_empty(channels, dtype=dtype if dtype in _VECTORS else _FLOAT64)
 
 
-def shared_input_gradient(
-    grad: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    shared: Shared,
-    wants_g: bool,
-) -> tuple[Tensor, Tensor | None]:
+def shared_input_gradient(operands: Prepared, shared: Shared, wants_g: bool) -> tuple[Tensor, Tensor | None]:
     """``dx = weight * invstd * (g - m * (sum_g / n + xhat * sum_gxhat / n))``, m the mask, or one.
 
     Zero where x is not finite and the position is padded.
 
     Args:
-        grad, x, mask, stats, weight, bias, residual, relu: As in ``pack_gradient_sums``.
+        operands: From ``operands``.
         shared: ``(sum g, sum g * xhat)`` of all ranks, float64 ``(W, 2C)`` in rank order, or their sum.
         wants_g: Whether g is wanted.
 
     Returns:
         ``(dx, g)``: dx in dtype and layout of x, g in the dtype of grad and the layout of x, or None.
     """
-    arguments, _kept, wide, own = _operands(grad, x, mask, stats, weight, bias, residual, relu)
-    parts = _parts(shared.parts, 2 * x.shape[1])
+    x, grad = operands.given
+    wide = operands.x
+    parts = _parts(shared.parts, 2 * wide.shape[1])
     dx = torch.empty_like(wide)
-    g = torch.empty_like(wide) if wants_g and relu else None
+    g = torch.empty_like(wide) if wants_g and operands.relu else None
     _native.input_gradient(
-        *arguments,
+        *operands.arguments,
         parts.data_ptr(),
         parts.shape[0],
         parts.stride(0),
@@ -430,7 +431,7 @@ def shared_input_gradient(
     )
     if wide is not x:
         dx = torch.empty_like(x).copy_(dx)
-    return dx, None if not wants_g else _given_back(own if g is None else g, wide, grad, x)
+    return dx, None if not wants_g else _given_back(operands.grad if g is None else g, wide, grad, x)
 
 
 def _given_back(g: Tensor, wide: Tensor, grad: Tensor, x: Tensor) -> Tensor:
@@ -438,17 +439,9 @@ def _given_back(g: Tensor, wide: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     return g if wide is x else torch.empty_like(x, dtype=grad.dtype).copy_(g)
 
 
-def passed_gradient(
-    grad: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """g of ``pack_gradient_sums`` under a rectifier: layout of x, dtype of grad."""
-    arguments, _kept, wide, _ = _operands(grad, x, mask, stats, weight, bias, residual, True)
-    g = torch.empty_like(wide)
-    _native.relu_gradient(*arguments, g.data_ptr())
-    return _given_back(g, wide, grad, x)
+def passed_gradient(operands: Prepared) -> Tensor:
+    """g of ``pack_gradient_sums`` under a rectifier: layout of x, dtype of grad. For operands with ``relu``."""
+    x, grad = operands.given
+    g = torch.empty_like(operands.x)
+    _native.relu_gradient(*operands.arguments, g.data_ptr())
+    return _given_back(g, operands.x, grad, x)

@@ -20,6 +20,7 @@ from syncbn import kernels as choice
 from syncbn.kernels import reference, triton_kernels
 from syncbn.kernels import triton as kernels
 from syncbn.kernels.composed import Composed
+from syncbn.kernels.operands import Operands
 from syncbn.memory import Running
 from syncbn.messages import Message, Shared
 from syncbn.wire import SLOTS
@@ -169,19 +170,19 @@ def test_fused_forms_are_those_of_the_reference(
     assert_same(buffers[0].var, buffers[1].var)
     assert buffers[0].batches == buffers[1].batches == (4 if e.x.numel() else 3)
 
-    args = e.grad, e.x, None, e.packed, e.weight, e.bias, residual
+    args = Operands(e.grad, e.x, None, e.packed, e.weight, e.bias, residual, relu)
     ours, theirs = (message(2 * channels, 17, 2, 2 * channels + 40) for _ in range(2))
     for dtypes in ((torch.float16, None), (torch.float32, torch.float32)):
-        our_gradients = kernels.pack_gradient_sums(*args, relu, ours, dtypes)
-        their_gradients = reference.pack_gradient_sums(*args, relu, theirs, dtypes)
+        our_gradients = kernels.pack_gradient_sums(args, ours, dtypes)
+        their_gradients = reference.pack_gradient_sums(args, theirs, dtypes)
         assert_same(ours.whole, theirs.whole)
         for our, their, kind in zip(our_gradients, their_gradients, dtypes, strict=True):
             assert_same(our, their, kind or F32)
-    assert kernels.pack_gradient_sums(*args, relu, None, (None, None)) == (None, None)
+    assert kernels.pack_gradient_sums(args, None, (None, None)) == (None, None)
     if relu:
-        assert_same(kernels.passed_gradient(*args), reference.passed_gradient(*args), dtype)
-    args = *args, relu, shared(theirs.payload.clone()), relu
-    our_pair, their_pair = kernels.shared_input_gradient(*args), reference.shared_input_gradient(*args)
+        assert_same(kernels.passed_gradient(args), reference.passed_gradient(args), dtype)
+    rest = args, shared(theirs.payload.clone()), relu
+    our_pair, their_pair = kernels.shared_input_gradient(*rest), reference.shared_input_gradient(*rest)
     assert_same(our_pair[0], their_pair[0], dtype)
     assert_same(our_pair[1], their_pair[1], dtype)
 
@@ -270,10 +271,10 @@ def test_float32_is_never_less_accurate_than_torch(layout: str, ratio: float, mo
     kernels.pack_moments(e.x, None, sent)
     forward = e.x, None, shared(sent.payload), e.weight, e.bias, None, False, EPS, None
     y, stats, _ = kernels.normalize_shared(*forward)
-    args = e.grad, e.x, None, stats, e.weight, e.bias, None, False
+    args = Operands(e.grad, e.x, None, stats, e.weight, e.bias, None, False)
     sent = message(2 * channels)
-    kernels.pack_gradient_sums(*args, sent, (None, None))
-    dx, _ = kernels.shared_input_gradient(*args, shared(sent.payload), False)
+    kernels.pack_gradient_sums(args, sent, (None, None))
+    dx, _ = kernels.shared_input_gradient(args, shared(sent.payload), False)
     invstd = stats[channels:-1]
 
     def torchs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
