@@ -268,11 +268,19 @@ def _check_room(made: socket.socket) -> None:
         raise OSError(errno.EMFILE, "half of the descriptors are in use")
 
 
+def pid_of_peer(end: socket.socket) -> int:
+    """Of who connected to, or listens at, the other end; 0 in a process namespace that is not seen from here."""
+    return _credentials(end)[0]
+
+
 def _uid(end: socket.socket) -> int:
     """Of who connected to, or listens at, the other end."""
-    credentials = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    uid: int = _CREDENTIALS.unpack(credentials)[1]
-    return uid
+    return _credentials(end)[1]
+
+
+def _credentials(end: socket.socket) -> tuple[int, int, int]:
+    pid, uid, gid = _CREDENTIALS.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return pid, uid, gid
 
 
 def _prepare(end: socket.socket) -> int:

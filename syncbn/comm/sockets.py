@@ -5,9 +5,10 @@ carry a mark behind their data. A packet's length says what it is:
 
     0 mod 8: a frame, or the last part of one; 4 mod 8: a part, and a mark; odd: a farewell; none: the peer is gone.
 
-A rank writes to all its peers without waiting, then reads from each. A read blocks: that takes no time of a core, and
-one wake-up. After ``PATIENCE`` seconds the reader looks at all its peers at once (``_Rest``), so that it hears of one
-that died while it waits for another.
+A rank writes to all its peers without waiting, then reads from each. Where each rank has a core, it looks a few times
+before it sleeps, as a wake-up takes longer than a message. A read blocks: that takes no time of a core. After
+``PATIENCE`` seconds the reader looks at all its peers at once (``_Rest``), so that it hears of one that died while it
+waits for another.
 
 An exchange that does not end as it should on a rank ends all of that rank's connections: it tells its peers whom it
 lost and why (``farewell``), and closes. So does a rank that is interrupted, drops the group, or exits. The kernel
@@ -24,12 +25,15 @@ import socket
 import sys
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from syncbn.comm import farewell
 from syncbn.comm.farewell import Farewell
-from syncbn.comm.handshake import BUFFER, PATIENCE, Connection, Tell, connect_pairs, is_of_kernel
+from syncbn.comm.handshake import BUFFER, PATIENCE, Connection, Tell, connect_pairs, is_of_kernel, pid_of_peer
+
+LOOKS = 48
+"""How often a reader looks before it sleeps: as long as one or two wake-ups of a core take, some 50 microseconds."""
 
 GRACE = PATIENCE / 2
 """Seconds until a peer that closed without a word, after its frame was read, is lost to that exchange."""
@@ -75,6 +79,7 @@ class Sockets:
         self._ends = [connections[peer] for peer in self.peers]
         self._sends = [end.socket.send for end in self._ends]
         self._reads = [end.socket.recv_into for end in self._ends]
+        self._looks = LOOKS if len(connections) < len(_cores(self._ends)) else 0
         self._packet = min((end.packet for end in self._ends), default=0)
         self._frame: memoryview | None = None  # that of the exchange that is under way
         self._sent = 0  # to how many peers
@@ -209,7 +214,7 @@ class Sockets:
             return 0, -1
         try:
             for read, buffer in zip(self._reads, buffers, strict=True):
-                got = read(buffer, 0, _LENGTH)
+                got = _read_soon(read, buffer, self._looks)
                 if got != length:
                     return done, got
                 done += 1
@@ -240,6 +245,26 @@ class Sockets:
     def __del__(self) -> None:
         if hasattr(self, "_dead"):
             self.close("it dropped the group")
+
+
+def _cores(ends: Sequence[Connection]) -> set[int]:
+    """The cores that this rank and its peers may use. A peer in another process namespace counts for none."""
+    cores = os.sched_getaffinity(0)
+    for end in ends:
+        with contextlib.suppress(OSError):
+            cores |= os.sched_getaffinity(pid_of_peer(end.socket))
+    return cores
+
+
+def _read_soon(read: Callable[..., int], buffer: memoryview, looks: int) -> int:
+    """Length of the next packet: look so many times whether it is there, then sleep until it comes."""
+    for _ in range(looks):
+        try:
+            return read(buffer, 0, _READ_NOW)
+        except BlockingIOError as error:
+            if not is_of_kernel(error):
+                raise
+    return read(buffer, 0, _LENGTH)
 
 
 class _Rest:
