@@ -132,7 +132,7 @@ def global_moments(
     group = resolve_group(process_group)
     link = link_of(group, _device_of(input, group))
     flags = _gradient_flags(input, None, None)
-    error = _checked(lambda: _input_error(input, None) or _mask_error(input, mask))
+    error = _error(input, Vectors(None, None, None, None), None, mask, None, 1.0, None, None)
     if error is not None:
         _raise_together(error, link, Call(wire.MOMENTS, "", flags), _channels_of(input, None))
     mean, var, count = GlobalMomentsFunction.apply(input, mask, Plan(link, flags=flags))
@@ -187,11 +187,16 @@ def batch_norm(
     if compiling:
         if synchronizes(group) or mask is not None:
             return _compiled(input, mask, weight, bias, residual, eps, relu, group, memory, call)
-    elif _torch.is_shadow(input) and (must_synchronize(link) or mask is not None or _collects(memory)):
-        return _after(_without_values(input, vectors, eps), residual, relu)
-    elif must_synchronize(link) or mask is not None or input.numel() == 0 or _is_ours(input):
-        plan = Plan(link, eps, relu, memory, layer, call.flags)
-        return _synchronized(input, mask, weight, bias, residual, plan)
+    else:
+        needed = must_synchronize(link) or mask is not None
+        if (needed or _collects(memory)) and _torch.is_shadow(input):
+            return _after(_without_values(input, vectors, eps), residual, relu)
+        plain = _torch.plainly_eager()
+        # On a CPU our kernels are quicker than torch's, and more exact, without peers as well. Not where somebody looks
+        # on, who knows torch's batch norm and not ours.
+        if needed or (plain and kernels.is_native(input)) or input.numel() == 0:
+            plan = Plan(link, eps, relu, memory, layer, call.flags)
+            return _synchronized(input, mask, weight, bias, residual, plan, plain)
     return _after(_local(input, vectors, eps, memory), residual, relu)
 
 
@@ -201,15 +206,6 @@ def _without_values(input: Tensor, vectors: Vectors, eps: float) -> Tensor:
     x = input if wide is None else input.to(wide)
     weight, bias = _cast(vectors.weight, wide), _cast(vectors.bias, wide)
     return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps).to(input.dtype)
-
-
-def _is_ours(input: Tensor) -> bool:
-    """Whether our kernels do without peers as well: they are quicker than torch's on a CPU, and more exact.
-
-    Not where somebody looks on, who knows torch's batch norm and not ours: transforms of torch.func, forward-mode
-    differentiation, modes that see operators, a trace.
-    """
-    return kernels.is_native(input) and _torch.plainly_eager()
 
 
 def _collects(memory: Memory | None) -> bool:
@@ -241,14 +237,25 @@ def _evaluate(input: Tensor, vectors: Vectors, eps: float) -> Tensor:
 
 
 def _synchronized(
-    input: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, plan: Plan
+    input: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    plan: Plan,
+    plain: bool,
 ) -> Tensor:
-    """Our kernels, with the statistics of all ranks; what goes wrong before the exchange is told to the others."""
+    """Our kernels, with the statistics of all ranks; what goes wrong before the exchange is told to the others.
+
+    Args:
+        plain: whether operators just run, and nobody looks on: ``_torch.plainly_eager``.
+    """
     link = plan.link
     link.broke_off = False  # by an exchange before
     before = link.exchanges
     try:
-        autograd.refuse_tracing(plan, input)
+        if not plain:
+            autograd.refuse_tracing(plan, input)
         return autograd.sync_batch_norm(input, mask, weight, bias, residual, plan)
     except Exception as error:
         if link.exchanges == before:
@@ -391,22 +398,29 @@ def _error(
     if _torch.in_script_trace():  # comparing sizes would warn, and torch's own batch norm compares them
         return None
 
-    def error() -> Exception | None:
-        return (
-            _input_error(input, channels, check)
-            or _argument_error(input, vectors, residual, activation, eps)
-            or _mask_error(input, mask)
-        )
-
-    return error() if torch.compiler.is_compiling() else _checked(error)
-
-
-def _checked(error: Callable[[], Exception | None]) -> Exception | None:
-    """What a check finds, or what it stumbles over: that is to be told to the peers as well."""
+    if torch.compiler.is_compiling():
+        return _error_found(input, vectors, residual, mask, activation, eps, channels, check)
     try:
-        return error()
-    except Exception as unforeseen:
+        return _error_found(input, vectors, residual, mask, activation, eps, channels, check)
+    except Exception as unforeseen:  # to be told to the peers as well
         return unforeseen
+
+
+def _error_found(
+    input: Any,
+    vectors: Vectors,
+    residual: Any,
+    mask: Any,
+    activation: Any,
+    eps: Any,
+    channels: int | None,
+    check: Callable[[Tensor], None] | None,
+) -> Exception | None:
+    return (
+        _input_error(input, channels, check)
+        or _argument_error(input, vectors, residual, activation, eps)
+        or (None if mask is None else _mask_error(input, mask))
+    )
 
 
 def _input_error(input: Any, channels: int | None, check: Callable[[Tensor], None] | None = None) -> Exception | None:
@@ -415,18 +429,20 @@ def _input_error(input: Any, channels: int | None, check: Callable[[Tensor], Non
     if input.layout is not torch.strided or input.is_nested:
         kind = "nested" if input.is_nested else str(input.layout)
         return TypeError(f"expected a dense tensor of shape (N, C, *) as input, got a {kind} one; convert it first")
-    shape = tuple(input.shape)
+    shape = input.shape
     if input.dtype not in DTYPES:
         return ValueError(
-            f"expected a float16, bfloat16, float32 or float64 input, got {input.dtype} of shape {shape}; "
+            f"expected a float16, bfloat16, float32 or float64 input, got {input.dtype} of shape {tuple(shape)}; "
             "convert it first"
         )
-    if input.dim() < 2:
-        return ValueError(f"expected an input of at least 2 dimensions (N, C, *), got {input.dim()}-D, shape {shape}")
-    if channels is not None and input.shape[1] != channels:
+    if len(shape) < 2:
         return ValueError(
-            f"expected {channels} channels (num_features) in dimension 1 of the input, got {input.shape[1]}: "
-            f"shape {shape}"
+            f"expected an input of at least 2 dimensions (N, C, *), got {len(shape)}-D, shape {tuple(shape)}"
+        )
+    if channels is not None and shape[1] != channels:
+        return ValueError(
+            f"expected {channels} channels (num_features) in dimension 1 of the input, got {shape[1]}: "
+            f"shape {tuple(shape)}"
         )
     if check is not None:
         try:
@@ -453,11 +469,13 @@ def _argument_error(input: Tensor, vectors: Vectors, residual: Any, activation: 
         return ValueError(f"eps must be a positive number, got {eps}")
     if not isinstance(residual, Tensor | None):
         return TypeError(f"residual must be a tensor of the input's shape or None, got {type(residual).__name__}")
-    channels = input.shape[1]
+    shape = (input.shape[1],)
     for name, tensor in zip(vectors._fields, vectors, strict=True):
-        if tensor is not None and tuple(tensor.shape) != (channels,):
-            return ValueError(f"{name} must have shape ({channels},) for this input, got {tuple(tensor.shape)}")
-        if tensor is not None and not tensor.is_floating_point():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            return ValueError(f"{name} must have shape ({shape[0]},) for this input, got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
             return ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}; {name}.float() is one")
     if residual is not None and (residual.shape != input.shape or not residual.is_floating_point()):
         return ValueError(

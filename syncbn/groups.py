@@ -5,6 +5,7 @@ The process group of torch.distributed is the only abstraction: every other form
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from typing import Any
@@ -67,19 +68,25 @@ def notice_alone(group: Any) -> None:
         group: as resolved, over which the forward synchronizes with nobody.
     """
     global _noticed
-    if _noticed or (group is not None and group is not resolve_group(None)):
-        return
-    name = next((name for name in ("WORLD_SIZE", *_SIZES) if os.environ.get(name)), None)
-    if name is None or not os.environ[name].isdecimal() or int(os.environ[name]) < 2:
+    name, size = size_of_job()
+    if size < 2 or _noticed or (group is not None and group is not resolve_group(None)):
         return
     _noticed = True
     why = "no process group was initialized" if group is None else "the default process group has one rank"
     warnings.warn(
-        f"this process is one of {os.environ[name]} ({name}), and a synchronized layer has trained on its samples "
+        f"this process is one of {size} ({name}), and a synchronized layer has trained on its samples "
         f"alone: {why}. Call torch.distributed.init_process_group() on every rank before the first training step; or "
         "syncbn.revert_sync_batchnorm(model), if local statistics are meant. (Said once.)",
         stacklevel=2,
     )
+
+
+@functools.cache  # each forward without peers asks
+def size_of_job() -> tuple[str, int]:
+    """The variable of the environment in which a launcher says how many ranks a job has, and how many; "" and 0."""
+    name = next((name for name in ("WORLD_SIZE", *_SIZES) if os.environ.get(name)), "")
+    size = os.environ.get(name, "")
+    return name, int(size) if size.isdecimal() else 0
 
 
 def _group_of_mesh(process_group: Any) -> dist.ProcessGroup:

@@ -26,7 +26,9 @@ def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in SIZES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(groups, "_noticed", False)
+    groups.size_of_job.cache_clear()
     yield
+    groups.size_of_job.cache_clear()
 
 
 @pytest.mark.parametrize("name", SIZES)

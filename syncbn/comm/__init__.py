@@ -41,6 +41,7 @@ It bounds memory: a rank has room for the messages of all ranks, 131 kB each if 
 
 _forced = 0  # how many are within forced(): ranks may be threads of one process
 _forced_lock = threading.Lock()
+_alone = {torch.device("cpu"): Alone(torch.device("cpu"))}
 _links: weakref.WeakKeyDictionary[Any, dict[torch.device, Link]] = weakref.WeakKeyDictionary()
 
 
@@ -50,7 +51,7 @@ def link_of(group: Any, device: torch.device) -> Link:
     Without a group, or in one of one rank, there is nobody to talk to: ``Alone`` (but within ``forced()``).
     """
     if group is None or (_forced == 0 and group.size() == 1):
-        return Alone(device)
+        return _alone.get(device) or _alone.setdefault(device, Alone(device))
     links = _links.get(group)
     if links is None:
         links = _links.setdefault(group, {})
