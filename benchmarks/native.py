@@ -5,7 +5,7 @@
 For each shape and layout the sides run in turn (A B C A B C ...) in one process. Times are medians in us: of the four
 functions, of `nn.BatchNorm2d`'s forward and backward without autograd around them, and of one `clone`. "hot" works on
 one input again and again; "cold" goes through a working set of 64 MB and more. The last columns are ratios: four
-functions over PyTorch's two, and over the eight clones that a forward and a backward read and write.
+functions over PyTorch's two, and over the four clones that read and write as much as a forward and a backward.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import torch
 from timing import in_turn, keep_freed_memory, machine, write_csv
 
 from syncbn.kernels import native
+from syncbn.memory import Running
 from syncbn.messages import Message, Shared
 from syncbn.moments import Running
 
