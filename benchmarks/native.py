@@ -18,7 +18,6 @@ from timing import in_turn, keep_freed_memory, machine, write_csv
 from syncbn.kernels import native
 from syncbn.memory import Running
 from syncbn.messages import Message, Shared
-from syncbn.moments import Running
 
 SHAPES = [
     (8, 64, 56, 56),
