@@ -2,16 +2,23 @@
 
     python benchmarks/latency.py                              # all worlds over gloo and MPI: CSV and picture
     python benchmarks/latency.py --worlds 2 --backends gloo   # a part of it
+    python benchmarks/latency.py --worlds 2 --busy 2          # beside two processes that compute
 
 It starts itself through the launcher, once for each world size and backend. The message is a layer's in the forward,
-2C + 1 float64. In each run the ways are measured in turn, so many calls on end after a barrier; the result of each way
-is first compared with the sum of what all ranks sent, and its bits between ranks. Ways:
+2C + 1 float64. In each run the ways are measured in turn, so many calls on end after a barrier and some calls that are
+not counted, for ranks leave a barrier one after the other; the result of each way is first compared with the sum of
+what all ranks sent, and its bits between ranks. Reported are medians of the wall time of a call, and the processor time
+that a rank takes for it, with all its threads. Ways:
 
-* ``gloo one hop`` and ``gloo all_reduce``: the two ways of ``syncbn.comm`` over gloo, with headers and checks;
+* ``sockets one hop``, ``gloo one hop``, ``gloo all_reduce``: the ways of ``syncbn.comm`` in a group over gloo, with
+  headers and checks;
 * ``mpi4py link``: the way of ``syncbn.comm`` over the mpi4py backend, with checks;
 * ``gloo dist.all_reduce``, ``mpi4py dist.all_reduce``, ``gloo dist.all_gather``, ``mpi4py dist.all_gather``: the bare
   collectives of torch.distributed (the gathers without the sum that has to follow);
 * ``raw mpi4py Allreduce``: MPI itself, blocking, through mpi4py.
+
+And what a layer adds: the forward, without gradients, of an input of 2 samples, of ``nn.BatchNorm1d`` and of
+``SyncBatchNorm`` over the default group.
 """
 
 from __future__ import annotations
@@ -20,9 +27,11 @@ import argparse
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,14 +39,17 @@ from typing import Any
 import timing
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+import syncbn
 from syncbn.comm import Link, OneHop
 from syncbn.comm.all_reduce import AllReduceOnHost
+from syncbn.comm.handshake import SWITCH
 from syncbn.wire import FORWARD, Call
 
 CHANNELS = (64, 256, 1024, 2048)
-WORLDS = (2, 4, 8)
+WORLDS = (2, 4, 8, 16, 32)
+MAIN = 256  # channels, in tables
 ENGINES = {"gloo": "torchrun", "mpi4py": "mpi"}
 
 
@@ -62,7 +74,11 @@ def ways(backend: str, payload: Tensor) -> dict[str, Callable[[], Tensor]]:
     call = Call(FORWARD, "layer")
     linked: dict[str, Link]
     if backend == "gloo":
-        linked = {"gloo one hop": OneHop(group, cpu), "gloo all_reduce": AllReduceOnHost(group, cpu)}
+        linked = {
+            "sockets one hop": OneHop(group, cpu),
+            "gloo one hop": without_sockets(OneHop(group, cpu), payload, call),
+            "gloo all_reduce": AllReduceOnHost(group, cpu),
+        }
     else:
         linked = {"mpi4py link": AllReduceOnHost(group, cpu)}
     found: dict[str, Callable[[], Tensor]] = {
@@ -73,6 +89,21 @@ def ways(backend: str, payload: Tensor) -> dict[str, Callable[[], Tensor]]:
     if backend == "mpi4py":
         found["raw mpi4py Allreduce"] = raw_all_reduce(payload)
     return found
+
+
+def without_sockets(link: Link, payload: Tensor, call: Call) -> Link:
+    """The link, which finds out in its first exchange who is reached by socket: nobody."""
+    os.environ[SWITCH] = "off"
+    link.sum(payload, call)
+    del os.environ[SWITCH]
+    return link
+
+
+def layers(backend: str, channels: int) -> dict[str, Callable[[], Tensor]]:
+    """A forward of each layer, in a group of this backend."""
+    x = torch.randn(2, channels)
+    sides = nn.BatchNorm1d(channels), syncbn.SyncBatchNorm(channels)
+    return {f"{backend} {type(side).__name__}": torch.no_grad()(lambda side=side: side(x)) for side in sides}
 
 
 def raw_all_reduce(payload: Tensor) -> Callable[[], Tensor]:
@@ -109,30 +140,34 @@ def check(name: str, way: Callable[[], Tensor], channels: int) -> None:
 
 
 def measure(backend: str, rounds: int, calls: int) -> list[dict[str, object]]:
-    """Medians of all ways for all numbers of channels, in microseconds a call.
+    """Medians of all ways for all numbers of channels, in microseconds a call; the means of the ranks.
 
     All are measured in each round, so that another job's burst falls on a few rounds of all of them.
     """
-
-    def repeated(way: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(calls):
-                way()
-
-        return run
-
-    keys: list[tuple[str, int]] = []
-    sides: dict[str, Callable[[], None]] = {}
+    sides: dict[tuple[str, int], Callable[[], Tensor]] = {}
     for channels in CHANNELS:
         for name, way in ways(backend, message(dist.get_rank(), channels)).items():
             check(name, way, channels)
-            keys.append((name, channels))
-            sides[f"{name} {channels}"] = repeated(way)
-    times = timing.in_turn(sides, rounds, dist.group.WORLD)
-    world = dist.get_world_size()
+            sides[name, channels] = way
+    sides |= {(name, MAIN): forward for name, forward in layers(backend, MAIN).items()}
+    times: dict[tuple[str, int], list[tuple[float, float]]] = {key: [] for key in sides}
+    for turn in range(rounds + 1):
+        for key, way in sides.items():
+            dist.barrier()
+            for _ in range(3):
+                way()
+            processor, wall = time.process_time(), time.perf_counter()
+            for _ in range(calls):
+                way()
+            if turn:
+                times[key].append((time.perf_counter() - wall, time.process_time() - processor))
+    medians = [[statistics.median(column) for column in zip(*found, strict=True)] for found in times.values()]
+    means = torch.tensor(medians, dtype=torch.float64)
+    dist.all_reduce(means)
+    means *= 1e6 / calls / dist.get_world_size()
     return [
-        {"way": name, "ranks": world, "channels": channels, "us": times[f"{name} {channels}"] / calls * 1e6}
-        for name, channels in keys
+        {"way": name, "ranks": dist.get_world_size(), "channels": channels, "us": wall, "processor us": processor}
+        for (name, channels), (wall, processor) in zip(sides, means.tolist(), strict=True)
     ]
 
 
@@ -150,7 +185,17 @@ def run_rank(args: argparse.Namespace) -> None:
 
 
 def launch(world: int, backend: str, args: argparse.Namespace) -> list[dict[str, object]]:
-    """Run this program on so many ranks; the rows that they measured."""
+    """Run this program on so many ranks, beside ``args.busy`` processes that compute; the rows that they measured."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)]
+    try:
+        return run(world, backend, args)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def run(world: int, backend: str, args: argparse.Namespace) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "syncbn.launch", "--engine", ENGINES[backend], "-n", str(world)]
@@ -159,7 +204,7 @@ def launch(world: int, backend: str, args: argparse.Namespace) -> list[dict[str,
         subprocess.run(command, check=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"})
         rows: list[dict[str, object]] = json.loads(path.read_text())
     load = f"{os.getloadavg()[0]:.1f}"  # of the last minute: W ranks of our own, and whoever else is there
-    return [{**row, "load": load} for row in rows]
+    return [{**row, "busy": args.busy, "load": load} for row in rows]
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -170,9 +215,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (by_world, by_channels) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for way in dict.fromkeys(row["way"] for row in rows):
+    for way in dict.fromkeys(row["way"] for row in rows if "BatchNorm" not in row["way"]):
         style = {"marker": "o", "linestyle": "--" if "dist." in way or "raw" in way else "-", "label": way}
-        mine = [row for row in rows if row["way"] == way and row["channels"] == 256]
+        mine = [row for row in rows if row["way"] == way and row["channels"] == MAIN]
         by_world.plot([row["ranks"] for row in mine], [row["us"] for row in mine], **style)
         mine = [row for row in rows if row["way"] == way and row["ranks"] == 2]
         by_channels.plot([row["channels"] for row in mine], [row["us"] for row in mine], **style)
@@ -191,13 +236,27 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Microseconds at 256 channels as Markdown: a line per way, a column per world size."""
+    """Microseconds at 256 channels as Markdown, and those of a processor: a line per way, a column per world size."""
     worlds = sorted({row["ranks"] for row in rows})
-    lines = ["| way, 256 channels | " + " | ".join(f"{world} ranks" for world in worlds) + " |"]
+    lines = [f"| {MAIN} channels, us: wall, processor | " + " | ".join(f"{world} ranks" for world in worlds) + " |"]
     lines.append("|---" * (len(worlds) + 1) + "|")
     for way in dict.fromkeys(row["way"] for row in rows):
-        found = {row["ranks"]: row["us"] for row in rows if row["way"] == way and row["channels"] == 256}
-        lines.append(f"| {way} | " + " | ".join(f"{found[w]:.0f}" if w in found else "" for w in worlds) + " |")
+        found = {row["ranks"]: row for row in rows if row["way"] == way and row["channels"] == MAIN}
+        cells = [f"{found[w]['us']:.0f}, {found[w]['processor us']:.0f}" if w in found else "" for w in worlds]
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def added(rows: list[dict[str, Any]]) -> str:
+    """What synchronization adds to a forward, over gloo's own all_reduce of the same message."""
+    lines = []
+    for world in sorted({row["ranks"] for row in rows if row["way"] == "gloo SyncBatchNorm"}):
+        us = {row["way"]: row["us"] for row in rows if row["ranks"] == world and row["channels"] == MAIN}
+        more = us["gloo SyncBatchNorm"] - us["gloo BatchNorm1d"]
+        share = more / us["gloo dist.all_reduce"]
+        lines.append(
+            f"{world} ranks: a layer's forward of (2, {MAIN}) takes {more:.0f} us more, {share:.3f} of all_reduce"
+        )
     return "\n".join(lines)
 
 
@@ -206,7 +265,8 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, nargs="+", default=WORLDS)
     parser.add_argument("--backends", nargs="+", choices=tuple(ENGINES), default=tuple(ENGINES))
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--calls", type=int, default=10, help="calls on end in one measurement")
+    parser.add_argument("--calls", type=int, default=20, help="calls on end in one measurement")
+    parser.add_argument("--busy", type=int, default=0, help="processes that compute meanwhile")
     parser.add_argument("--name", default="latency", help="of the CSV and the picture in benchmarks/results")
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -216,7 +276,7 @@ def main() -> None:
     rows = [row for world in args.worlds for backend in args.backends for row in launch(world, backend, args)]
     path = timing.write_csv(f"{args.name}.csv", rows)
     plot(rows, path.with_suffix(".png"))
-    print(f"{table(rows)}\n{timing.machine()}\nwritten: {path}, {path.with_suffix('.png')}")
+    print(f"{table(rows)}\n{added(rows)}\n{timing.machine()}\nwritten: {path}, {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -623,6 +625,46 @@ def test_fuzz_memory_with_threads(monkeypatch: pytest.MonkeyPatch, three_threads
 @pytest.mark.parametrize("seed", range(10, 20))
 def test_fuzz_memory_long(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fuzz(seed, 3000, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("shape", [(2, 2, (1 << 29) + 11), (3, (1 << 30) - 9, 1), ((1 << 28) + 5, 9)])
+def test_more_elements_than_32_bits_count(shape: tuple[int, ...]) -> None:
+    """Signs in turn, and one value far off at the very end."""
+    free = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024  # type: ignore[index]
+    channels, size = shape[1], 2 * math.prod(shape)
+    if free < 2.6 * size:
+        pytest.skip(f"needs {(2.6 * size) / 1e9:.0f} GB of free memory")
+    x = torch.ones(shape, dtype=torch.float16)
+    flat = x.view(-1)
+    flat[::2] = -1
+    flat[-1] = 100
+    sent = message(2 * channels + 1)
+    native.pack_moments(x, None, sent)
+    n, mean, m2 = unpack(sent.payload)[:3]
+    count = math.prod(shape) // channels
+    assert n == count > 1
+    total = sum(float(part.sum(dtype=torch.float64)) for part in x[:, -1].flatten().split(1 << 26))
+    square = count - 1 + 100.0**2
+    assert float(mean[-1]) == pytest.approx(total / count, rel=1e-6, abs=1e-8)
+    assert float(m2[-1]) == pytest.approx(square - total * total / count, rel=1e-6)
+    parts = Shared(sent.payload[None], False)
+    y, stats, finite = native.normalize_shared(x, None, parts, None, None, None, False, EPS, None)
+    assert finite
+    for at in (0, 1, 12345, -2, -1):
+        c = at % len(flat) // math.prod(shape[2:]) % channels
+        expected = (float(flat[at]) - float(stats[c])) * float(stats[channels + c])
+        assert float(y.view(-1)[at]) == pytest.approx(expected, rel=2e-3, abs=1e-6)
+    del y
+    given = native.operands(x, x, None, stats, None, None, None, False)
+    sums = message(2 * channels)
+    native.pack_gradient_sums(given, sums, (None, None))
+    assert float(sums.payload[channels - 1]) == pytest.approx(total, rel=1e-6, abs=1e-8 * count)
+    dx, _ = native.shared_input_gradient(given, Shared(sums.payload[None], False), False)
+    # with grad = x the gradient is nearly zero everywhere, and not at all what it was filled with
+    assert float(dx.view(-1)[-1].abs()) < 0.1 and float(dx.view(-1)[1].abs()) < 0.1
 
 
 # The door.
