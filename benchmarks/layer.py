@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import ranks
 import rivals
@@ -123,6 +124,23 @@ def measure(
     return row
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Forward + backward of each shape: contiguous, then channels_last."""
+    others = [name for name in ("fairscale", "naive") if any(f"{name} both us" in row for row in rows)]
+    lines = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        line = {"input": shape}
+        for layout in ("contiguous", "channels_last"):
+            found = next((row for row in rows if (row["shape"], row["layout"]) == (shape, layout)), None)
+            cells = {"nn us": "nn both us", "syncbn us": "syncbn both us", "ratio": "both ratio"}
+            cells |= {"over 4 clones": "both over floor"} | {f"{name} us": f"{name} both us" for name in others}
+            for head, key in cells.items():
+                digits = 0 if head.endswith("us") else 2
+                line[f"{layout}: {head}"] = f"{found[key]:.{digits}f}" if found is not None and key in found else ""
+        lines.append(line)
+    return timing.markdown(lines)
+
+
 def plot(rows: list[dict[str, object]], path: str) -> None:
     """Bars of the ratio for forward + backward, contiguous beside channels_last."""
     import matplotlib
@@ -182,7 +200,7 @@ def main() -> None:
         name = f"layer-{'rivals' if args.rivals else args.shapes}-{args.backend}-{args.threads}t"
         path = timing.write_csv(f"{name}.csv", rows)
         plot(rows, str(path.with_suffix(".png")))
-        print(f"{timing.machine()}\nwritten: {path} and {path.with_suffix('.png').name}")
+        print(f"{table(rows)}\n{timing.machine()}\nwritten: {path} and {path.with_suffix('.png').name}")
 
 
 if __name__ == "__main__":

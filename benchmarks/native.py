@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import cycle
 
 import torch
-from timing import in_turn, keep_freed_memory, machine, write_csv
+from timing import in_turn, keep_freed_memory, machine, markdown, write_csv
 
 from syncbn.kernels import native
 from syncbn.memory import Running
@@ -136,8 +136,11 @@ def main() -> None:
                 row = {"input": name, "layout": layout, "memory": memory, "threads": options.threads}
                 row |= {"variant": options.variant, "dtype": options.dtype, **us}
                 rows.append(row | {"over torch": ours / theirs, "over 8 clones": ours / us["clone"] / 8})
+    shown = ("input", "layout", "memory", "over torch", "over 4 clones")
+    texts = [{key: str(row[key])[:4] if key.startswith("over") else row[key] for key in shown} for row in rows]
+    print(markdown(texts))
     if not options.only:
-        print(write_csv("native.csv", rows))
+        print(write_csv(f"native-{options.dtype}-{options.threads}t.csv", rows))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,12 @@ def seconds_in_turn(
     return times
 
 
+def markdown(rows: Sequence[Mapping[str, object]]) -> str:
+    """The rows as a table of a Markdown page: their keys are its head."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def machine() -> str:
     """The processor, the cores, and the versions that numbers depend on."""
     model = platform.machine()
