@@ -132,10 +132,10 @@ def main() -> None:
                 ours, theirs = us["forward"] + us["backward"], us["torch forward"] + us["torch backward"]
                 shown = " ".join(f"{key} {value:.0f}" for key, value in us.items())
                 memory = "cold" if cold else "hot"
-                print(f"{name:>14} {layout:13} {memory:4} {ours / theirs:5.2f} {ours / us['clone'] / 8:5.2f}  {shown}")
+                print(f"{name:>14} {layout:13} {memory:4} {ours / theirs:5.2f} {ours / us['clone'] / 4:5.2f}  {shown}")
                 row = {"input": name, "layout": layout, "memory": memory, "threads": options.threads}
                 row |= {"variant": options.variant, "dtype": options.dtype, **us}
-                rows.append(row | {"over torch": ours / theirs, "over 8 clones": ours / us["clone"] / 8})
+                rows.append(row | {"over torch": ours / theirs, "over 4 clones": ours / us["clone"] / 4})
     shown = ("input", "layout", "memory", "over torch", "over 4 clones")
     texts = [{key: str(row[key])[:4] if key.startswith("over") else row[key] for key in shown} for row in rows]
     print(markdown(texts))
