@@ -540,6 +540,18 @@ def test_how_ddp_looks_for_torchs_own_layer() -> None:
     init(dist.HashStore())
 
 
+def test_what_graphs_call() -> None:
+    names = _torch.operator_arguments(torch.ops.aten.batch_norm.default)
+    assert names[5] == "training" and names[0] == "input"
+    assert _torch.operator_arguments(len) == []
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+def test_methods_of_scripts() -> None:
+    assert _torch.script_methods(torch.jit.script(torch.nn.ReLU())) == ["forward"]
+    assert _torch.script_methods(torch.nn.Module.__new__(torch.nn.ReLU)) == ["forward"]
+
+
 def test_a_group_by_its_name() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
