@@ -206,7 +206,7 @@ NAMES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_batch_norm_in_scripts_is_named(kind: str) -> None:
@@ -219,7 +219,7 @@ def test_batch_norm_in_scripts_is_named(kind: str) -> None:
     assert isinstance(model["head"], SyncBatchNorm)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_a_whole_script() -> None:
     with pytest.warns(UserWarning, match=r"cannot reach.*'bn' \(TorchScript\)"):
         convert_sync_batchnorm(torch.jit.script(Stem()))
@@ -227,7 +227,7 @@ def test_a_whole_script() -> None:
         convert_sync_batchnorm(torch.jit.script(Function()))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_scripts_without_batch_statistics_are_left_alone() -> None:
     model = nn.Sequential(
         torch.jit.script(nn.Conv2d(3, C, 1)),
