@@ -1,7 +1,7 @@
 """Stochastic weight averaging with Lightning. Usage: lightning_averaging.py FOLDER DEVICES.
 
-Each rank leaves its network's state in FOLDER as ``DEVICES-RANK.pt``. The order of samples is that of the global batches,
-whatever the number of devices.
+Each rank leaves its network's state in FOLDER as ``DEVICES-RANK.pt``. The order of samples is that of the global
+batches, whatever the number of devices.
 """
 
 from __future__ import annotations
