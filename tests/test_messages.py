@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import syncbn
+from helpers.commands import MPIEXEC
 from helpers.ranks import run_ranks
 from syncbn import RankMismatchError, SyncBatchNorm, convert_sync_batchnorm, update_population_stats
 
@@ -248,13 +250,11 @@ finally:
 """
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize("whom", ["all", "launcher"])
-@pytest.mark.parametrize("doing", ["sleep", "work"])
-def test_ctrl_c_ends_a_job_with_one_line(doing: str, whom: str, tmp_path: Path) -> None:
-    (tmp_path / "loop.py").write_text(LOOP)
+def interrupted(whom: str, folder: Path, doing: str, engine: str = "torchrun") -> tuple[int, str, list[str]]:
+    """Code, output and lines of errors of a job of two ranks that Ctrl-C ended."""
+    (folder / "loop.py").write_text(LOOP)
     job = subprocess.Popen(
-        [sys.executable, "-m", "syncbn.launch", "-n", "2", str(tmp_path / "loop.py"), doing],
+        [sys.executable, "-m", "syncbn.launch", "--engine", engine, "-n", "2", str(folder / "loop.py"), doing],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT,
     )  # fmt: skip
     try:
@@ -269,8 +269,29 @@ def test_ctrl_c_ends_a_job_with_one_line(doing: str, whom: str, tmp_path: Path) 
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
-    assert job.returncode == 130
+    return job.returncode, said, errors.splitlines()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("whom", ["all", "launcher"])
+@pytest.mark.parametrize("doing", ["sleep", "work"])
+def test_ctrl_c_ends_a_job_with_one_line(doing: str, whom: str, tmp_path: Path) -> None:
+    code, said, lines = interrupted(whom, tmp_path, doing)
+    assert code == 130
     assert said == "left\nleft\n"  # a script's own clean-up runs
-    lines = errors.splitlines()
     assert len(lines) == 2 and lines[0].startswith("syncbn-launch: 2 ranks on")
     assert lines[1] == "syncbn-launch: interrupted; all ranks have ended"
+
+
+@pytest.mark.mpi
+@pytest.mark.integration
+@pytest.mark.skipif(MPIEXEC is None or find_spec("mpi4py") is None, reason="no mpiexec or no mpi4py: syncbn[mpi]")
+@pytest.mark.parametrize("whom", ["all", "launcher"])
+def test_ctrl_c_under_mpi_leaves_the_lines_to_mpiexec(whom: str, tmp_path: Path) -> None:
+    code, said, errors = interrupted(whom, tmp_path, "sleep", engine="mpi")
+    assert code == 130
+    lines = said.splitlines() + errors
+    own = [line for line in lines if line.startswith("[mpiexec@")]  # what MPICH says of itself
+    assert len(own) <= 2 and "Traceback" not in said
+    assert sorted(set(lines) - set(own)) == sorted({"left", errors[0]})
+    assert errors[0].startswith("syncbn-launch: 2 ranks on") and said.count("left\n") == 2
