@@ -134,30 +134,35 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: 
         draft.replace(path)
 
 
+def restore(data: bytes, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+    """Load a checkpoint's bytes into model and optimizer; return the epochs that it has."""
+    checkpoint = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return int(checkpoint["epoch"])
+
+
 def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     """Load the checkpoint, if rank 0 has one, on every rank; return the epoch to go on with.
 
-    Rank 0 wrote it and sends it, as ranks on other hosts may not see its disk. What keeps it from reading the file
-    ends all ranks.
+    Rank 0 wrote it and sends it, as ranks on other hosts may not see its disk. What keeps rank 0 from reading the file,
+    or would keep it from writing one after the first epoch, ends all ranks.
     """
     sent: list[Any] = [None, ""]
-    if dist.get_rank() == 0 and path.exists():
+    if dist.get_rank() == 0:
         try:
-            sent[0] = path.read_bytes()
-            torch.load(io.BytesIO(sent[0]), map_location="cpu", weights_only=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sent[0] = path.read_bytes() if path.exists() else None
+            if sent[0] is not None:
+                restore(sent[0], model, optimizer, device)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
             sent = [None, f"{path} is no checkpoint to resume from ({reason}); move it, or give another --checkpoint"]
     dist.broadcast_object_list(sent, src=0, device=device)
     data, problem = sent
     if problem:
         sys.exit(problem if dist.get_rank() == 0 else 1)
-    if data is None:
-        return 0
-    checkpoint = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return int(checkpoint["epoch"])
+    return 0 if data is None else restore(data, model, optimizer, device)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -168,13 +173,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
     parser.add_argument("--backend", choices=["gloo", "nccl", "mpi4py"], help="default: nccl with GPUs, else gloo")
     parser.add_argument("--checkpoint", type=Path, default=Path("out/train.pt"), help="written after each epoch")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.batch < 1:
+        parser.error(f"--batch {args.batch}: a global batch needs at least one sample")
+    return args
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train from the checkpoint on, if there is one; evaluate and write a checkpoint after each epoch."""
     is_first = dist.get_rank() == 0
     train_x, train_y, test_x, test_y = load_data(device)
+    if args.batch > len(train_x):
+        sys.exit(f"--batch {args.batch} is more than the {len(train_x)} training samples" if is_first else 1)
 
     torch.manual_seed(0)
     network = syncbn.convert_sync_batchnorm(build_network()).to(device)

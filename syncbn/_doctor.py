@@ -43,8 +43,8 @@ from torch._C._distributed_c10d import FileStore
 
 from syncbn import comm, kernels, launch
 from syncbn._check import MESSAGE
+from syncbn.comm import handshake
 from syncbn.comm.base import checks
-from syncbn.comm.handshake import SWITCH
 from syncbn.kernels import native
 from syncbn.modules import SyncBatchNorm
 from syncbn.wire import MOMENTS, Call
@@ -359,20 +359,13 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def sockets() -> str:
-    """``SYNCBN_SOCKETS`` in the environment: ``on`` (default) or ``off``.
-
-    Raises:
-        ValueError: anything else.
-    """
-    value = os.environ.get(SWITCH, "").lower() or "on"
-    if value not in ("on", "off"):
-        raise ValueError(f"the environment variable {SWITCH} must be on or off, got {value!r}, which counts as on")
-    return value
-
-
-CHOICES: dict[str, Callable[[], str]] = {"SYNCBN_CHECKS": checks, "SYNCBN_KERNELS": kernels.choice, SWITCH: sockets}
-"""The environment variables that choose how layers work, and what gives the choice, or raises ValueError."""
+CHOICES: dict[str, Callable[[], str]] = {
+    "SYNCBN_CHECKS": checks,
+    "SYNCBN_KERNELS": kernels.choice,
+    handshake.SWITCH: handshake.chosen,
+    "SYNCBN_PIN": launch.chosen_cores,
+}
+"""The environment variables that choose how layers and ranks run, and what gives the choice, or raises ValueError."""
 
 
 def cpu() -> dict[str, Any]:

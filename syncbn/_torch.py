@@ -305,6 +305,19 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
+def operator_arguments(target: Any) -> list[str]:
+    """The names of an operator's arguments, for what a graph of torch.fx calls. Fallback: none, as for no operator."""
+    return [argument.name for argument in getattr(getattr(target, "_schema", None), "arguments", ())]
+
+
+def script_methods(module: Any) -> list[str]:
+    """The names of the compiled methods of a ScriptModule. Fallback: its forward."""
+    try:
+        return list(module._c._method_names())
+    except AttributeError:
+        return ["forward"] if hasattr(module, "forward") else []
+
+
 # ---- devices and compilers
 
 

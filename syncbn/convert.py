@@ -59,8 +59,9 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
         ``module`` itself.
 
     Warns:
-        UserWarning: there is no batch norm in it; or some that cannot be reached: in a ``torch.jit.ScriptModule``, or
-            in a layer that keeps running statistics and derives from no batch norm of ``torch.nn``. They are named.
+        UserWarning: there is no batch norm in it; or some that cannot be reached: in what ``torch.jit`` compiled, in a
+            graph of ``torch.fx`` or ``torch.export``, or in a layer that looks like one (by its running statistics, or
+            its name) and derives from no batch norm of ``torch.nn``. They are named.
 
     Raises:
         ValueError, TypeError: for a process group as in ``SyncBatchNorm``; and for what is no module.
@@ -104,20 +105,20 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> M:
         layer._layer_name = layer_name(name)
         layer._origin = _origin(_class(layer))
         _become(layer, target)
-    _warn_of_the_rest(module, len(found))
+    _warn_of_the_rest(module, any(isinstance(layer, BatchNormBase) for _, layer in found))
     return module
 
 
 SyncBatchNorm.convert_sync_batchnorm = staticmethod(convert_sync_batchnorm)
 
 
-def _warn_of_the_rest(module: nn.Module, found: int) -> None:
+def _warn_of_the_rest(module: nn.Module, found: bool) -> None:
     rest = overlooked(module)
     if rest:
         warnings.warn(
             f"convert_sync_batchnorm cannot reach these, which go on with the statistics of each rank alone: "
-            f"{', '.join(rest)}. Convert before scripting or tracing; derive a layer of another library from "
-            "nn.BatchNorm*d, or replace it.",
+            f"{', '.join(rest)}. Convert before scripting, tracing or exporting; derive a layer of another library "
+            "from nn.BatchNorm*d, or replace it.",
             stacklevel=3,
         )
     elif not found:

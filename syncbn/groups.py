@@ -56,7 +56,10 @@ def resolve_group(process_group: Any) -> dist.ProcessGroup | None:
     return group
 
 
-_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_SIZES = (
+    "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)  # fmt: skip
 _noticed = False
 
 
@@ -72,7 +75,7 @@ def notice_alone(group: Any) -> None:
     if size < 2 or _noticed or (group is not None and group is not resolve_group(None)):
         return
     _noticed = True
-    why = "no process group was initialized" if group is None else "the default process group has one rank"
+    why = "no process group is initialized" if group is None else "the default process group has one rank"
     warnings.warn(
         f"this process is one of {size} ({name}), and a synchronized layer has trained on its samples "
         f"alone: {why}. Call torch.distributed.init_process_group() on every rank before the first training step; or "
@@ -83,10 +86,14 @@ def notice_alone(group: Any) -> None:
 
 @functools.cache  # each forward without peers asks
 def size_of_job() -> tuple[str, int]:
-    """The variable of the environment in which a launcher says how many ranks a job has, and how many; "" and 0."""
-    name = next((name for name in ("WORLD_SIZE", *_SIZES) if os.environ.get(name)), "")
-    size = os.environ.get(name, "")
-    return name, int(size) if size.isdecimal() else 0
+    """How many processes whoever started this one says there are: torchrun before the rest; and the variable."""
+    names = [name for name in _SIZES if os.environ.get(name)]
+    # What a whole allocation has is also set in its shell and its batch script, which are one process.
+    if not names and ("SLURM_STEP_ID" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0"):
+        names = ["SLURM_NTASKS"]
+    name = names[0] if names else ""
+    size = os.environ.get(name, "").strip()
+    return name, int(size) if size.isdecimal() else 1
 
 
 def _group_of_mesh(process_group: Any) -> dist.ProcessGroup:

@@ -52,7 +52,10 @@ _SWITCHES = {"--standalone", "--no-python", "--run-path", "--virtual-local-rank"
 _MEETING = ("standalone", "rdzv-backend", "rdzv-endpoint", "master-addr", "master-port", "node-rank")
 
 # What people call the number of ranks elsewhere; torchrun and mpiexec would say less about them.
-_OTHER_COUNTS = {"-np", "--np", "--ranks", "--num-ranks", "--nranks", "--nprocs", "--num-procs", "--world-size"}
+_OTHER_COUNTS = {
+    *("-np", "--np", "--nproc", "--nprocs", "--num-procs", "--num-processes", "--num-gpus", "--world-size"),
+    *("--ranks", "--num-ranks", "--nranks", "--nproc-per-host", "--ntasks"),
+}
 
 # What torchrun takes for the number of ranks, besides numbers.
 _COUNTS = ("auto", "cpu", "gpu", "xpu")
@@ -122,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         SystemExit: code 2 for a call that cannot work, 0 after ``--dry-run``. Otherwise the exit code is the job's.
     """
     request = parse(sys.argv[1:] if argv is None else argv)
+    _check_environment(request)
     plan = make_plan(request)
     print(f"syncbn-launch: {plan.note}", file=sys.stderr, flush=True)
     if request.options.dry_run:
@@ -155,12 +159,32 @@ def parse(argv: Sequence[str]) -> Request:
         fail(f"with --engine mpi, -n must be the number of ranks, got {count!r}")
     if count is not None and not count.isdecimal() and count not in _COUNTS:
         fail(f"-n must be a number of ranks, or one of {', '.join(_COUNTS)}; got {count!r}")
-    if not (os.environ.get("SYNCBN_PIN") or "0").isdecimal():
-        fail(f"SYNCBN_PIN must be a number of cores per rank (0: do not pin), got {os.environ['SYNCBN_PIN']!r}")
     request = Request(options, passed, rest)
     _check_meeting(request)
     _check_command(request)
     return request
+
+
+def chosen_cores() -> str:
+    """``SYNCBN_PIN`` in the environment: the least number of cores per rank for which ranks are pinned; "" if not set.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    value = os.environ.get("SYNCBN_PIN", "")
+    if not (value or "0").isdecimal():
+        raise ValueError(f"SYNCBN_PIN must be a number of cores per rank (0: do not pin), got {value!r}")
+    return value
+
+
+def _check_environment(request: Request) -> None:
+    try:
+        chosen_cores()
+    except ValueError as error:
+        fail(str(error))
+    seconds = os.environ.get("SYNCBN_CHECK_TIMEOUT", "60")
+    if request.options.check and not seconds.replace(".", "", 1).isdecimal():
+        fail(f"SYNCBN_CHECK_TIMEOUT must be a number of seconds to wait for a rank, got {seconds!r}")
 
 
 def _check_meeting(request: Request) -> None:
@@ -255,8 +279,11 @@ def _check_command(request: Request) -> None:
             return
         fail("no script: syncbn-launch -n 4 train.py [arguments], or -m module")
     if command[0] not in ("-m", "--module"):
-        if request.value("no-python") is None and not Path(command[0]).exists():
+        script = Path(command[0])
+        if request.value("no-python") is None and not script.exists():
             fail(f"script {command[0]!r} does not exist (in {os.getcwd()})")
+        if script.is_dir() and not Path(script, "__main__.py").exists():
+            fail(f"script {command[0]!r} is a folder without a __main__.py")
         return
     if len(command) == 1:
         fail("-m needs the name of a module")
@@ -264,6 +291,8 @@ def _check_command(request: Request) -> None:
     missing = _missing(command[1])
     if missing is not None:
         where, _, last = missing.rpartition(".")
+        if last == "__main__" and where == command[1]:
+            fail(f"module {command[1]!r} cannot be run: it is a package without a __main__.py")
         looked = f"{where!r} has no {last!r}" if where else f"looked in {os.getcwd()} and the installed packages"
         fail(f"module {command[1]!r} does not exist ({looked})")
 

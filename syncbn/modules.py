@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -15,8 +17,8 @@ from syncbn.checkpointing import counts
 from syncbn.groups import GroupHandle
 from syncbn.memory import Memory, Running
 
-OTHER_CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model")
-"""What the functions are called that put other libraries' layers in the place of all batch norm that they meet."""
+OTHER_CONVERTERS = re.compile("(convert|replace|revert).*sync_?b(n|atch)", re.IGNORECASE)
+"""What the functions are called that put layers of another library, or of torch, in the place of all that they meet."""
 
 
 class _Attribute:
@@ -196,7 +198,9 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As of any module; but DistributedDataParallel, which refuses torch's own layer on CPUs, is not shown this."""
-        return iter(()) if _torch.ddp_looks_for_sync_batchnorm() else super().named_modules(*args, **kwargs)
+        if not torch.compiler.is_compiling() and _torch.ddp_looks_for_sync_batchnorm():
+            return iter(())
+        return super().named_modules(*args, **kwargs)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """As of any module.
@@ -222,14 +226,19 @@ def refuse_other_converters(layer: Any) -> None:
     Args:
         layer: whose children are asked for, which is what converters do with every module that they meet.
     """
-    caller = sys._getframe(2)
-    if caller.f_code.co_name in OTHER_CONVERTERS:
-        name = f" {layer._layer_name!r}" if layer._layer_name else ""
-        raise RuntimeError(
-            f"{caller.f_code.co_name} of {caller.f_code.co_filename} met the layer{name} of syncbn, and would put "
-            "another in its place, without its process group, its activation and what its class does. Leave out what "
-            "calls it (Trainer(sync_batchnorm=True), --sync-bn), or call syncbn.revert_sync_batchnorm(model) first."
-        )
+    if torch.compiler.is_compiling():  # which knows no frames, and is no converter
+        return
+    caller: FrameType | None = sys._getframe(2)
+    if caller is not None and caller.f_code is nn.Module.children.__code__:
+        caller = caller.f_back
+    if caller is None or OTHER_CONVERTERS.search(caller.f_code.co_name) is None:
+        return
+    name = f" {layer._layer_name!r}" if layer._layer_name else ""
+    raise RuntimeError(
+        f"{caller.f_code.co_name} of {caller.f_code.co_filename} met the layer{name} of syncbn, and would put "
+        "another in its place, without its process group, its activation and what its class does. Leave out what "
+        "calls it (Trainer(sync_batchnorm=True), --sync-bn), or call syncbn.revert_sync_batchnorm(model) first."
+    )
 
 
 def memory_of(layer: Any) -> Memory | None:

@@ -177,17 +177,44 @@ def theirs(module: nn.Module) -> nn.Module:
     return convert_syncbn_model(module)
 
 
+class Converter:
+    """Methods, other spellings, and children without their names."""
+
+    def replaceBNwithSyncBN(self, module: nn.Module) -> nn.Module:
+        for index, child in enumerate(module.children()):
+            module._modules[str(index)] = self.replaceBNwithSyncBN(child)
+        return nn.SyncBatchNorm(C) if isinstance(module, nn.modules.batchnorm._BatchNorm) else module
+
+
+def back(module: nn.Module) -> nn.Module:
+    """As people go back from torch's own, to evaluate on a CPU: without the activation of ours."""
+
+    def _revert_sync_batchnorm(module: nn.Module) -> nn.Module:
+        made = nn.BatchNorm2d(C) if isinstance(module, nn.SyncBatchNorm) else module
+        for name, child in module.named_children():
+            made.add_module(name, _revert_sync_batchnorm(child))
+        return made
+
+    return _revert_sync_batchnorm(module)
+
+
+OTHERS = [nn.SyncBatchNorm.convert_sync_batchnorm, theirs, Converter().replaceBNwithSyncBN, back]
+
+
 @pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, theirs])
+@pytest.mark.parametrize("convert", OTHERS, ids=["torch", "apex", "method", "back"])
 def test_other_converters_are_refused(make: Callable[[], nn.Module], convert: Callable[..., nn.Module]) -> None:
     model = nn.Sequential(nn.Conv2d(C, C, 1), make())
     layer = model[1]
     layer.layer_name = "neck.bn"  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match=r"met the layer 'neck\.bn' of syncbn.*sync_batchnorm=True.*revert"):
         convert(model)
+    with pytest.raises(RuntimeError, match="syncbn"):  # as DDP and torch.compile wrap a model
+        convert(nn.ModuleDict({"module": model}))
     assert model[1] is layer
-    plain = convert(revert_sync_batchnorm(model)) if make is not built else model
-    assert type(plain[1]) in (nn.SyncBatchNorm, SyncBatchNorm)
+    if make is not built:
+        plain = convert(revert_sync_batchnorm(model))
+        assert not isinstance(plain[1], SyncBatchNorm)
 
 
 def test_a_reverted_activation_is_not_lost_either() -> None:
@@ -204,6 +231,33 @@ def test_children_are_listed_to_others() -> None:
     layer.extra = nn.ReLU()  # type: ignore[assignment]
     assert [name for name, _ in nn.Sequential(layer).named_modules()] == ["", "0", "0.extra"]
     assert [name for name, _ in layer.named_children()] == ["extra"]
+
+    def count_sync_batchnorms(module: nn.Module) -> int:
+        return isinstance(module, nn.SyncBatchNorm) + sum(map(count_sync_batchnorms, module.children()))
+
+    assert count_sync_batchnorms(nn.Sequential(layer)) == 1
+
+
+class Looks(nn.Module):
+    """A forward that looks through its own modules, as those do that switch parts on and off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norms = sum(isinstance(module, nn.BatchNorm2d) for module in self.modules())
+        return self.norm(x) * norms + len(list(self.norm.named_children())) + len(list(self.children()))
+
+
+def test_compilers_list_modules_too() -> None:
+    model = convert_sync_batchnorm(Looks())
+    x = torch.randn(2, C, 2, 2)
+    expected = copy.deepcopy(model)(x)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    close(compiled(x), expected, 1e-5, 1e-5, "compiled")
+    exported = torch.export.export(model.eval(), (x,), strict=True)
+    close(exported.module()(x), model(x), 1e-5, 1e-5, "exported")
 
 
 # ---- DistributedDataParallel

@@ -441,29 +441,37 @@ def test_values_of_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
         checks()
 
 
-def test_a_value_that_the_switch_does_not_have(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+NONSENSE = {
+    "SYNCBN_CHECKS": "SYNCBN_CHECKS must be on, off or sync, got 'of'",
+    "SYNCBN_SOCKETS": "SYNCBN_SOCKETS must be on or off, got 'of'",
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_a_value_that_the_switch_does_not_have(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raised on every rank in its first exchange."""
-    monkeypatch.setenv("SYNCBN_CHECKS", "of")
+    monkeypatch.setenv(name, "of")
 
     def body(rank: int, group: Any) -> None:
-        with pytest.raises(ValueError, match="SYNCBN_CHECKS must be on, off or sync, got 'of'"):
+        with pytest.raises(ValueError, match=NONSENSE[name]):
             syncbn.SyncBatchNorm(4, process_group=group)(torch.ones(2, 4))
 
     run_ranks(2, body, timeout=TIMEOUT)
 
 
-def test_a_value_that_one_rank_alone_does_not_have(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", NONSENSE)
+def test_a_value_that_one_rank_alone_does_not_have(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its peers do not wait for it: they hear of it in each exchange, whoever makes it."""
     made = threading.Barrier(2)
 
     def body(rank: int, group: Any) -> None:
         if rank == 0:
-            monkeypatch.setenv("SYNCBN_CHECKS", "of")
+            monkeypatch.setenv(name, "of")
             link_of(group)
-            monkeypatch.delenv("SYNCBN_CHECKS")
+            monkeypatch.delenv(name)
         made.wait()
         layer = syncbn.SyncBatchNorm(4, process_group=group)
-        own = "SYNCBN_CHECKS must be on, off or sync, got 'of'"
+        own = NONSENSE[name]
         theirs = own if way in SEE_EACH_RANK else "rank 0 could not make the call"
         for _ in range(2):
             with pytest.raises(

@@ -169,6 +169,23 @@ def test_lightning(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.skipif(not installed("lightning"), reason="lightning is not installed (extra: lightning)")
+def test_lightning_averages_weights(tmp_path: Path) -> None:
+    """Its last epoch, which only takes statistics, takes those of all ranks: as one process, on the same batches."""
+    program = PROGRAMS / "lightning_averaging.py"
+    for devices in ("1", "2"):
+        must(python(program, tmp_path, devices))
+    alone, *ranks = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert alone["synchronized"] == {False}
+    assert alone["epochs"] == dict.fromkeys(range(5), STEPS)  # 4 of training, and one more
+    assert int(alone["state"]["1.num_batches_tracked"]) == STEPS
+    for rank in ranks:
+        assert rank["synchronized"] == {True}
+        same(rank["state"], alone["state"])
+        assert (rank["momenta"], rank["epochs"]) == (alone["momenta"], alone["epochs"])
+
+
+@pytest.mark.integration
 @pytest.mark.skipif(not installed("pytorch-lightning"), reason="pytorch-lightning is not installed (integrations)")
 def test_the_other_package_of_lightning() -> None:
     """With `lightning` absent, and with both, in either order of imports."""

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import syncbn
+from helpers.commands import MPIEXEC
 from helpers.ranks import run_ranks
 from syncbn import RankMismatchError, SyncBatchNorm, convert_sync_batchnorm, update_population_stats
 
@@ -149,10 +151,15 @@ def test_population_statistics_of_what_is_no_data(tmp_path: Path) -> None:
 # ---- the launcher
 
 
-def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **environment}
     return subprocess.run(
-        [sys.executable, "-m", "syncbn.launch", *arguments], capture_output=True, text=True, timeout=60, env=env
+        [sys.executable, "-m", "syncbn.launch", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=env,
+        cwd=cwd,
     )
 
 
@@ -164,15 +171,31 @@ WRONG = {
     "--engine mpi --nprocs=2 x.py": "--nprocs=2: the number of ranks is given by -n, as in -n 2",
     "-n 2 -m syncbn.nothing": "module 'syncbn.nothing' does not exist ('syncbn' has no 'nothing')",
     "-n 2 -m json.tool.below": "module 'json.tool.below' does not exist ('json.tool' has no 'below')",
-    "-n 2 -m syncbn.kernels": "module 'syncbn.kernels' does not exist ('syncbn.kernels' has no '__main__')",
+    "-n 2 -m syncbn.kernels": "module 'syncbn.kernels' cannot be run: it is a package without a __main__.py",
+    "-n 2 -m json": "module 'json' cannot be run: it is a package without a __main__.py",
+    "-n 2 -m nothing.at.all": "module 'nothing.at.all' does not exist (looked in {cwd} and the installed packages)",
+    "-n 0 x.py": "-n must be at least 1, got 0",
+    "-n -1 x.py": "-n must be at least 1, got -1",
+    "--engine mpi -n -1 x.py": "-n must be at least 1, got -1",
+    "-n 2.5 x.py": "-n must be a number of ranks, or one of auto, cpu, gpu, xpu; got '2.5'",
+    "--engine mpi -n 2.5 x.py": "with --engine mpi, -n must be the number of ranks, got '2.5'",
+    "-n": "argument -n/--nproc-per-node/--nproc_per_node: expected one argument",
+    "-n 2": "no script: syncbn-launch -n 4 train.py [arguments], or -m module",
+    "--ranks two x.py": "--ranks: the number of ranks is given by -n, as in -n 2",
+    "--nproc 2 x.py": "--nproc: the number of ranks is given by -n, as in -n 2",
+    "--num_processes 2 x.py": "--num_processes: the number of ranks is given by -n, as in -n 2",
+    "-n 2 x.py": "script 'x.py' does not exist (in {cwd})",
+    "-n 2 .": "script '.' is a folder without a __main__.py",
+    "--master-port -5 -m json.tool": "--master-port must be a port below 65536, got '-5'",
     "--master-port http -m json.tool": "--master-port must be a port below 65536, got 'http'",
 }
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_the_launcher_says_one_line(line: str) -> None:
-    done = launch(*line.split())
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"syncbn-launch: error: {WRONG[line]}\n")
+def test_the_launcher_says_one_line(line: str, tmp_path: Path) -> None:
+    done = launch(*line.split(), cwd=tmp_path)
+    said = WRONG[line].replace("{cwd}", str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"syncbn-launch: error: {said}\n")
 
 
 def test_the_launcher_reads_what_the_environment_says() -> None:
@@ -180,6 +203,9 @@ def test_the_launcher_reads_what_the_environment_says() -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "SYNCBN_PIN must be a number of cores per rank (0: do not pin), got 'abc'" in done.stderr
     assert launch("--dry-run", "-m", "json.tool", SYNCBN_PIN="").returncode == 0
+    done = launch("--check", "-n", "2", SYNCBN_CHECK_TIMEOUT="long")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "SYNCBN_CHECK_TIMEOUT must be a number of seconds to wait for a rank, got 'long'" in done.stderr
 
 
 def test_a_port_in_use() -> None:
@@ -224,13 +250,11 @@ finally:
 """
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize("whom", ["all", "launcher"])
-@pytest.mark.parametrize("doing", ["sleep", "work"])
-def test_ctrl_c_ends_a_job_with_one_line(doing: str, whom: str, tmp_path: Path) -> None:
-    (tmp_path / "loop.py").write_text(LOOP)
+def interrupted(whom: str, folder: Path, doing: str, engine: str = "torchrun") -> tuple[int, str, list[str]]:
+    """Code, output and lines of errors of a job of two ranks that Ctrl-C ended."""
+    (folder / "loop.py").write_text(LOOP)
     job = subprocess.Popen(
-        [sys.executable, "-m", "syncbn.launch", "-n", "2", str(tmp_path / "loop.py"), doing],
+        [sys.executable, "-m", "syncbn.launch", "--engine", engine, "-n", "2", str(folder / "loop.py"), doing],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT,
     )  # fmt: skip
     try:
@@ -245,8 +269,29 @@ def test_ctrl_c_ends_a_job_with_one_line(doing: str, whom: str, tmp_path: Path) 
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
-    assert job.returncode == 130
+    return job.returncode, said, errors.splitlines()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("whom", ["all", "launcher"])
+@pytest.mark.parametrize("doing", ["sleep", "work"])
+def test_ctrl_c_ends_a_job_with_one_line(doing: str, whom: str, tmp_path: Path) -> None:
+    code, said, lines = interrupted(whom, tmp_path, doing)
+    assert code == 130
     assert said == "left\nleft\n"  # a script's own clean-up runs
-    lines = errors.splitlines()
     assert len(lines) == 2 and lines[0].startswith("syncbn-launch: 2 ranks on")
     assert lines[1] == "syncbn-launch: interrupted; all ranks have ended"
+
+
+@pytest.mark.mpi
+@pytest.mark.integration
+@pytest.mark.skipif(MPIEXEC is None or find_spec("mpi4py") is None, reason="no mpiexec or no mpi4py: syncbn[mpi]")
+@pytest.mark.parametrize("whom", ["all", "launcher"])
+def test_ctrl_c_under_mpi_leaves_the_lines_to_mpiexec(whom: str, tmp_path: Path) -> None:
+    code, said, errors = interrupted(whom, tmp_path, "sleep", engine="mpi")
+    assert code == 130
+    lines = said.splitlines() + errors
+    own = [line for line in lines if line.startswith("[mpiexec@")]  # what MPICH says of itself
+    assert len(own) <= 2 and "Traceback" not in said
+    assert sorted(set(lines) - set(own)) == sorted({"left", errors[0]})
+    assert errors[0].startswith("syncbn-launch: 2 ranks on") and said.count("left\n") == 2

@@ -110,7 +110,7 @@ def test_make_fx_records_the_computation(options: dict[str, Any], mode: str) -> 
     close(graph(batch(1)), reference(batch(1)), ROUNDING, ROUNDING, "y of another batch than was traced")
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_script_trace_of_training(options: dict[str, Any]) -> None:
     x = torch.randn(5, C, 2, 2)
@@ -121,7 +121,7 @@ def test_a_script_trace_of_training(options: dict[str, Any]) -> None:
     close(recorded(2.0 * x + 1.0), reference(2.0 * x + 1.0), ROUNDING, ROUNDING, "y")
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_forward_mode_without_running_statistics() -> None:
     """(with them torch's own refuses as well)"""
     for layer in (SyncBatchNorm(C, track_running_stats=False), ours(track_running_stats=False)[1]):
@@ -135,6 +135,7 @@ def test_forward_mode_without_running_statistics() -> None:
         close(tangent, torch.func.jvp(own, (x,), (v,))[1], ROUNDING, ROUNDING, "tangent")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize(
     "way", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian], ids=lambda way: way.__name__
 )

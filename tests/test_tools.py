@@ -186,7 +186,7 @@ def test_no_tensor_and_no_proxy_is_a_mistake() -> None:
 # ---- export
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_trace_of_eval_mode(name: str) -> None:
     model = MODELS[name]().eval()
@@ -221,7 +221,7 @@ def test_onnx(name: str) -> None:
     close(torch.from_numpy(y), model(image()), 1e-5, 1e-5, "y")
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("name", ["converted", "converted subclass", "built"])
 def test_a_script_says_to_revert(name: str) -> None:
     model = MODELS[name]().eval()
@@ -230,7 +230,7 @@ def test_a_script_says_to_revert(name: str) -> None:
     assert isinstance(model.norm, SyncBatchNorm)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize(
     "options", [{}, {"momentum": None}, {"track_running_stats": False}, {"affine": False}], ids=str
 )

@@ -460,7 +460,7 @@ def test_batched_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[1] is False
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_tangents() -> None:
     import torch.autograd.forward_ad as forward
 
@@ -470,7 +470,7 @@ def test_tangents() -> None:
     assert not _torch.has_tangent(torch.ones(2))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_what_records(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -538,6 +538,18 @@ def test_how_ddp_looks_for_torchs_own_layer() -> None:
             dist.destroy_process_group()
 
     init(dist.HashStore())
+
+
+def test_what_graphs_call() -> None:
+    names = _torch.operator_arguments(torch.ops.aten.batch_norm.default)
+    assert names[5] == "training" and names[0] == "input"
+    assert _torch.operator_arguments(len) == []
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_methods_of_scripts() -> None:
+    assert _torch.script_methods(torch.jit.script(torch.nn.ReLU())) == ["forward"]
+    assert _torch.script_methods(torch.nn.Module.__new__(torch.nn.ReLU)) == ["forward"]
 
 
 def test_a_group_by_its_name() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -43,11 +48,49 @@ def test_only_rank_0_has_the_checkpoint(tmp_path: Path) -> None:
     assert "resumed a.pt after epoch 1" in second.stdout and "epoch 2: " in second.stdout
     third = launch("apart.py", "--epochs", "2", "--checkpoint", "a.pt", cwd=tmp_path)
     assert third.returncode == 0 and "nothing is left to train; test accuracy" in third.stdout
-    (tmp_path / "0" / "a.pt").write_text("junk")
-    broken = launch("apart.py", "--epochs", "2", "--checkpoint", "a.pt", cwd=tmp_path)
-    assert broken.returncode == 1
-    assert broken.stderr.count("a.pt is no checkpoint to resume from") == 1
-    assert "Traceback" not in broken.stderr.split("no checkpoint")[0]
+    (tmp_path / "1" / "b.pt").write_text("that of another rank is not looked at")
+    other = launch("apart.py", "--epochs", "1", "--checkpoint", "b.pt", cwd=tmp_path)
+    assert other.returncode == 0 and "resumed" not in other.stdout and "epoch 1: " in other.stdout
+
+
+def no_file(path: Path) -> None:
+    path.write_text("junk")
+
+
+def no_state(path: Path) -> None:
+    torch.save({"weights": torch.zeros(3)}, path)
+
+
+def another_network(path: Path) -> None:
+    torch.save({"model": nn.Linear(2, 2).state_dict(), "optimizer": {}, "epoch": 1}, path)
+
+
+def a_folder(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [(no_file, "a.pt"), (no_state, "a.pt"), (another_network, "a.pt"), (a_folder, "a.pt"), (no_file, "a.pt/below.pt")],
+    ids=["junk", "no state", "another network", "a folder", "below a file"],
+)
+def test_what_cannot_be_resumed_ends_all_ranks_at_once(what: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason=HAVE_DATA)
+    what(tmp_path / "a.pt")
+    done = launch(EXAMPLES / "train.py", "--epochs", "2", "--checkpoint", name, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count(f"{name} is no checkpoint to resume from") == 1
+    # (what torchrun says of ranks that have ended is not the script's)
+    assert "Traceback" not in done.stderr.split("no checkpoint")[0] and 'train.py", line' not in done.stderr
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("batch", ["0", "9999"])
+def test_a_batch_that_there_cannot_be(batch: str, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason=HAVE_DATA)
+    done = launch(EXAMPLES / "train.py", "--batch", batch, cwd=tmp_path)
+    assert done.returncode != 0 and f"--batch {batch}" in done.stderr and 'train.py", line' not in done.stderr
 
 
 @pytest.mark.parametrize("script", ["train.py", "gradient_penalty.py", "small_batch.py", "population.py"])
@@ -60,11 +103,23 @@ def test_without_the_extra_it_is_named(script: str, tmp_path: Path) -> None:
     assert re.fullmatch(rf"{script} needs sklearn(\.datasets)?: pip install 'syncbn\[examples\]'\n", done.stderr)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_every_option_is_explained(path: Path) -> None:
-    text = path.read_text()
-    calls = text.split("add_argument(")[1:]
-    assert all("help=" in call.split("parser.")[0].split("return ")[0] for call in calls)
+SCRIPTS = [path for path in sorted(EXAMPLES.glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_every_option_is_explained(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what ``--help`` prints."""
+    pytest.importorskip("sklearn", reason=HAVE_DATA)
+    asked: list[argparse.ArgumentParser] = []
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda parser: asked.append(parser))
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(path), run_name="__main__")
+    assert left.value.code == 0
+    (parser,) = asked
+    assert parser.description
+    assert [action.dest for action in parser._actions if not action.help] == []
 
 
 def test_one_seed_has_no_spread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from syncbn.comm import handshake
 from syncbn.errors import PeerLostError
 from syncbn.groups import group_ranks
 from syncbn.messages import Message, Shared, fill
@@ -53,6 +54,7 @@ class Link:
         self._mistake = ""
         try:
             self._checks = checks()
+            handshake.chosen()
         except ValueError as error:  # raised in an exchange, where peers hear of it
             self._checks, self._mistake = "on", str(error)
         self._warned: set[str] = set()
@@ -65,7 +67,8 @@ class Link:
         """Room for a payload of ``width`` float64, for the next exchange on this link.
 
         Raises:
-            ValueError: ``SYNCBN_CHECKS`` had no such value when the link was made. Peers raise RankMismatchError.
+            ValueError: ``SYNCBN_CHECKS`` or ``SYNCBN_SOCKETS`` had no such value when the link was made.
+                Peers raise RankMismatchError.
             PeerLostError: the group cannot be used any more.
         """
         raise NotImplementedError

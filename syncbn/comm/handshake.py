@@ -178,7 +178,7 @@ class _Handshake:
         name, secret = secrets.token_bytes(16), secrets.token_bytes(16)
         me = _About(False, b"", 0, 0, name, secret)
         with _attempt():
-            if os.environ.get(SWITCH, "").lower() == "off":
+            if os.environ.get(SWITCH, "").lower() == "off":  # another value is refused by way of this very connection
                 return me
             boot, device, inode = this_host()
             self._listener = self._socket()
@@ -237,6 +237,18 @@ class _Handshake:
         made.setblocking(False)
         _check_room(made)
         return made
+
+
+def chosen() -> str:
+    """``SYNCBN_SOCKETS`` in the environment: ``on`` (default) or ``off``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    value = os.environ.get(SWITCH, "").lower() or "on"
+    if value not in ("on", "off"):
+        raise ValueError(f"the environment variable {SWITCH} must be on or off, got {value!r}")
+    return value
 
 
 def this_host() -> Host:
