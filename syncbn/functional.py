@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn import _torch, autograd, kernels, masked, wire
-from syncbn.autograd import GlobalMomentsFunction, Plan
+from syncbn.autograd import GlobalCovarianceFunction, GlobalMomentsFunction, Plan
 from syncbn.channels import compute_dtype
 from syncbn.checkpointing import unseen
 from syncbn.comm import Link, link_of, must_synchronize, synchronizes
 from syncbn.groups import group_device, notice_alone, resolve_group
 from syncbn.memory import Memory, Running
-from syncbn.moments import Moments
+from syncbn.moments import Moments, scatter_width
 from syncbn.together import tell
 from syncbn.wire import Call
 
@@ -129,15 +129,68 @@ def global_moments(
     >>> count.item(), mean.item(), var.item()
     (2.0, 2.0, 1.0)
     """
-    group = resolve_group(process_group)
-    link = link_of(group, _device_of(input, group))
-    flags = _gradient_flags(input, None, None)
-    error = _checked(lambda: _input_error(input, None) or _mask_error(input, mask))
-    if error is not None:
-        _raise_together(error, link, Call(wire.MOMENTS, "", flags), _channels_of(input, None))
-    mean, var, count = GlobalMomentsFunction.apply(input, mask, Plan(link, flags=flags))
+    plan = _plan_of_statistics(input, mask, process_group, wire.MOMENTS, lambda channels: 2 * channels + 1)
+    mean, var, count = GlobalMomentsFunction.apply(input, mask, plan)
     dtype = compute_dtype(input)
     return count, mean.to(dtype), var.to(dtype)
+
+
+def global_covariance(
+    input: Tensor, *, process_group: Any = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and biased covariance matrix of the channels over all ranks, with gradients.
+
+    For normalizations that take channels together, such as whitening::
+
+        covariance = sum_r sum (x - mean) (x - mean)^T / n
+
+    With the loss being the sum of the ranks' losses, and G the sum of their gradients of the covariance::
+
+        dx = (sum_r dmean_r + (G + G^T) (x - mean)) / n
+
+    Args:
+        input: shape ``(N, C, *)``, any float dtype; N and ``*`` may differ between ranks, N may be 0.
+        process_group: as in ``sync_batch_norm``.
+        mask: boolean, of the positions to take, as in ``sync_batch_norm``; elsewhere dx is zero.
+
+    Returns:
+        ``(count, mean, covariance)``: count a 0-dim float64 tensor; mean of shape ``(C,)`` and covariance of shape
+        ``(C, C)``, symmetric, float64 for float64 input and float32 for all others (computed in float64). Zeros when
+        the global batch is empty. Differentiable any number of times.
+
+    Raises:
+        ValueError: wrong shape or dtype (peers raise RankMismatchError).
+        RankMismatchError, PeerLostError: as in ``sync_batch_norm``.
+
+    Collectives:
+        One exchange of 1 + C + C(C+1)/2 float64 forward, one of C + C(C+1)/2 backward, in any mode.
+
+    >>> count, mean, covariance = global_covariance(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    >>> count.item(), mean, covariance
+    (2.0, tensor([2., 4.]), tensor([[1., 2.],
+            [2., 4.]]))
+    """
+    plan = _plan_of_statistics(input, mask, process_group, wire.COVARIANCE, scatter_width)
+    mean, covariance, count = GlobalCovarianceFunction.apply(input, mask, plan)
+    dtype = compute_dtype(input)
+    return count, mean.to(dtype), covariance.to(dtype)
+
+
+def _plan_of_statistics(
+    input: Tensor, mask: Tensor | None, process_group: Any, kind: int, width: Callable[[int], int]
+) -> Plan:
+    """What statistics of an input that has passed the checks are taken with.
+
+    Args:
+        kind: of the exchange.
+        width: of its payload, for a number of channels.
+    """
+    group = resolve_group(process_group)
+    plan = Plan(link_of(group, _device_of(input, group)), flags=_gradient_flags(input, None, None))
+    error = _checked(lambda: _input_error(input, None) or _mask_error(input, mask))
+    if error is not None:
+        _raise_together(error, plan.link, plan.call(kind), width(_channels_of(input, None)))
+    return plan
 
 
 def batch_norm(
@@ -175,7 +228,7 @@ def batch_norm(
         channels = next((t.numel() for t in vectors if t is not None), None)
     error = _error(input, vectors, residual, mask, activation, eps, channels, check)
     if error is not None:
-        _raise_together(error, link, call, _channels_of(input, channels))
+        _raise_together(error, link, call, 2 * _channels_of(input, channels) + 1)
 
     relu = activation == "relu"
     if not training and running_mean is not None and running_var is not None:
@@ -473,8 +526,8 @@ def tell_peers(error: Exception, input: Tensor, group: Any, layer: str, channels
     tell(error, link_of(group, input.device), call, 2 * channels + 1)
 
 
-def _raise_together(error: Exception, link: Link, call: Call, channels: int) -> NoReturn:
-    """Raise this rank's own error, after telling the peers that would wait for it."""
+def _raise_together(error: Exception, link: Link, call: Call, width: int) -> NoReturn:
+    """Raise this rank's own error, after telling the peers that would wait for it in an exchange of this width."""
     link.broke_off = False  # by an exchange before
-    tell(error, link, call, 2 * channels + 1)
+    tell(error, link, call, width)
     raise error

@@ -9,7 +9,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "the ways of a message, the arithmetic": ("comm", "kernels"),
     "the four verbs and their gradient": ("autograd", "compiled", "together"),
     "checks, and which way to go": ("functional", "rounds"),
-    "what people call": ("modules", "uneven", "steps"),
+    "what people call": ("modules", "uneven", "steps", "statistics"),
     "layers that are local again": ("local",),
     "models": ("convert",),
     "tools for whole models": ("accumulation", "agreement", "population", "diagnostics", "lightning", "_doctor"),
