@@ -80,6 +80,19 @@ def registered_groups() -> list[Any]:
         return [dist.group.WORLD]
 
 
+def root_of(mesh: Any) -> Any:
+    """The DeviceMesh that a mesh is a slice of, or the mesh itself. Fallback: itself, as if it were no slice."""
+    try:
+        return mesh._get_root_mesh()
+    except AttributeError:
+        return mesh
+
+
+def part_of(tensor: Any) -> Any:
+    """This rank's part of a DTensor, the very memory, outside of autograd. No fallback: ``to_local`` may be a copy."""
+    return tensor._local_tensor
+
+
 def group_named(name: str) -> Any:
     """The process group of a name: compiled graphs keep names. No fallback: functional collectives do the same."""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined, unused-ignore]

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn import _torch, autograd, kernels, masked, wire
+from syncbn import _torch, autograd, dtensor, kernels, masked, wire
 from syncbn.autograd import GlobalCovarianceFunction, GlobalMomentsFunction, Plan
-from syncbn.channels import compute_dtype
+from syncbn.channels import along_channels, compute_dtype
 from syncbn.checkpointing import unseen
 from syncbn.comm import Link, link_of, must_synchronize, synchronizes
 from syncbn.groups import group_device, notice_alone, resolve_group
@@ -187,7 +187,7 @@ def _plan_of_statistics(
     """
     group = resolve_group(process_group)
     plan = Plan(link_of(group, _device_of(input, group)), flags=_gradient_flags(input, None, None))
-    error = _checked(lambda: _input_error(input, None) or _mask_error(input, mask))
+    error = _checked(lambda: _dtensor_error(input) or _input_error(input, None) or _mask_error(input, mask))
     if error is not None:
         _raise_together(error, plan.link, plan.call(kind), width(_channels_of(input, None)))
     return plan
@@ -221,6 +221,10 @@ def batch_norm(
         Others as in ``sync_batch_norm``.
     """
     vectors = Vectors(running_mean, running_var, weight, bias)
+    if type(input) is not Tensor and dtensor.is_dtensor(input):
+        return _in_parts(
+            input, vectors, residual, mask, activation, eps, channels, check, training, group, memory, layer
+        )
     compiling = torch.compiler.is_compiling()
     link = link_of(group if training and not compiling else None, _device_of(input, group))
     call = Call(wire.FORWARD, layer, _gradient_flags(input, weight, bias))
@@ -246,6 +250,44 @@ def batch_norm(
         plan = Plan(link, eps, relu, memory, layer, call.flags)
         return _synchronized(input, mask, weight, bias, residual, plan)
     return _after(_local(input, vectors, eps, memory), residual, relu)
+
+
+def _in_parts(
+    input: Tensor,
+    vectors: Vectors,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str | None,
+    eps: float,
+    channels: int | None,
+    check: Callable[[Tensor], None] | None,
+    training: bool,
+    group: Any,
+    memory: Memory | None,
+    layer: str,
+) -> Tensor:
+    """``batch_norm`` of a DTensor. What is wrong with it, all its ranks see by themselves."""
+    if channels is None:
+        channels = next((t.numel() for t in vectors if t is not None), None)
+    error = _error(input, vectors, residual, mask, activation, eps, channels, check)
+    if error is not None:
+        raise error
+    parts = dtensor.parts_of(input, vectors, residual, mask, memory, group, training)
+    y = batch_norm(
+        parts.input,
+        *parts.vectors,
+        parts.residual,
+        training=training,
+        eps=eps,
+        group=parts.group,
+        activation=activation,
+        memory=parts.memory,
+        layer=layer,
+        mask=parts.mask,
+    )
+    if training:
+        parts.finish()
+    return parts.whole(y)
 
 
 def _without_values(input: Tensor, vectors: Vectors, eps: float) -> Tensor:
@@ -290,6 +332,10 @@ def _evaluate(input: Tensor, vectors: Vectors, eps: float) -> Tensor:
     wide = _common_dtype(input, vectors)
     x = input if wide is None else input.to(wide)
     mean, var, weight, bias = (_cast(tensor, wide) for tensor in vectors)
+    if x.shape[1] == 0:  # this rank's part of a DTensor with fewer channels than ranks; torch's raises IndexError
+        for vector in (weight, bias):
+            x = x if vector is None else x + along_channels(vector, x)  # nothing, but a graph that leads to both
+        return x.to(input.dtype)
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps).to(input.dtype)
 
 
@@ -487,6 +533,15 @@ def _input_error(input: Any, channels: int | None, check: Callable[[Tensor], Non
         except ValueError as error:
             return error
     return None
+
+
+def _dtensor_error(input: Any) -> Exception | None:
+    if not dtensor.is_dtensor(input):
+        return None
+    return TypeError(
+        "expected a plain tensor, got a DTensor: give input.to_local(), and as process_group the dimension of its mesh "
+        "that shards batch or space"
+    )
 
 
 def _mask_error(input: Tensor, mask: Any) -> Exception | None:

@@ -101,6 +101,23 @@ def test_registered_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         dist.destroy_process_group()
 
 
+def test_meshes_and_their_parts() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        assert _torch.root_of(mesh) is mesh and _torch.root_of(mesh["b"]) is mesh
+        assert _torch.root_of(object) is object  # as if it knew of no root
+        part = torch.ones(2, requires_grad=True)
+        kept = _torch.part_of(DTensor.from_local(part.detach(), mesh["a"], [Replicate()], run_check=False))
+        assert type(kept) is Tensor and kept.data_ptr() == part.data_ptr()
+    finally:
+        dist.destroy_process_group()
+
+
 class WithoutGroups(dist.distributed_c10d._World):
     """The table of groups without what is read there."""
 
