@@ -15,6 +15,7 @@ from syncbn.autograd import GlobalCovarianceFunction, GlobalMomentsFunction, Pla
 from syncbn.channels import along_channels, compute_dtype
 from syncbn.checkpointing import unseen
 from syncbn.comm import Link, link_of, must_synchronize, synchronizes
+from syncbn.few_samples import FEW, notice_few
 from syncbn.groups import group_device, notice_alone, resolve_group
 from syncbn.memory import Memory, Running
 from syncbn.moments import Moments, scatter_width
@@ -187,7 +188,7 @@ def _plan_of_statistics(
     """
     group = resolve_group(process_group)
     plan = Plan(link_of(group, _device_of(input, group)), flags=_gradient_flags(input, None, None))
-    error = _checked(lambda: _dtensor_error(input) or _input_error(input, None) or _mask_error(input, mask))
+    error = _checked(lambda: _statistics_error(input, mask))
     if error is not None:
         _raise_together(error, plan.link, plan.call(kind), width(_channels_of(input, None)))
     return plan
@@ -231,6 +232,8 @@ def batch_norm(
     if channels is None:
         channels = next((t.numel() for t in vectors if t is not None), None)
     error = _error(input, vectors, residual, mask, activation, eps, channels, check)
+    if error is None and training and (link.size > 1 or mask is not None):
+        error = _float64_error(input)
     if error is not None:
         _raise_together(error, link, call, 2 * _channels_of(input, channels) + 1)
 
@@ -241,6 +244,8 @@ def batch_norm(
         group = memory = None
     elif link.size == 1 and not synchronizes(group):
         notice_alone(group)
+    if training and not compiling and 0 < input.shape[0] * link.size < FEW:
+        notice_few(input.shape[0], link.size, layer)
     if compiling:
         if synchronizes(group) or mask is not None:
             return _compiled(input, mask, weight, bias, residual, eps, relu, group, memory, call)
@@ -512,8 +517,7 @@ def _input_error(input: Any, channels: int | None, check: Callable[[Tensor], Non
     if not isinstance(input, Tensor):
         return TypeError(f"expected a tensor of shape (N, C, *) as input, got {type(input).__name__}: {input!r:.80}")
     if input.layout is not torch.strided or input.is_nested:
-        kind = "nested" if input.is_nested else str(input.layout)
-        return TypeError(f"expected a dense tensor of shape (N, C, *) as input, got a {kind} one; convert it first")
+        return TypeError(f"expected a dense tensor of shape (N, C, *) as input, got {_how_to_give_values(input)}")
     shape = tuple(input.shape)
     if input.dtype not in DTYPES:
         return ValueError(
@@ -535,6 +539,26 @@ def _input_error(input: Any, channels: int | None, check: Callable[[Tensor], Non
     return None
 
 
+def _how_to_give_values(input: Tensor) -> str:
+    if input.layout is torch.jagged:
+        return (
+            "a jagged nested one. Its values are one, of shape (sum of lengths, C): normalize these, with "
+            "torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets())"
+        )
+    if input.is_nested:
+        return "a nested one; give torch.cat(x.unbind()), of shape (sum of lengths, C)"
+    return f"a {input.layout} one; give the features of its points, of shape (points, C)"
+
+
+def _float64_error(input: Tensor) -> Exception | None:
+    if _torch.has_float64(input.device):
+        return None
+    return TypeError(
+        f"shared and masked statistics are computed in float64, which {input.device} does not have: "
+        "move the layer and its input to a CPU, or revert it (syncbn.revert_sync_batchnorm)"
+    )
+
+
 def _dtensor_error(input: Any) -> Exception | None:
     if not dtensor.is_dtensor(input):
         return None
@@ -542,6 +566,11 @@ def _dtensor_error(input: Any) -> Exception | None:
         "expected a plain tensor, got a DTensor: give input.to_local(), and as process_group the dimension of its mesh "
         "that shards batch or space"
     )
+
+
+def _statistics_error(input: Any, mask: Any) -> Exception | None:
+    """What is wrong with an input to take statistics of."""
+    return _dtensor_error(input) or _input_error(input, None) or _mask_error(input, mask) or _float64_error(input)
 
 
 def _mask_error(input: Tensor, mask: Any) -> Exception | None:
