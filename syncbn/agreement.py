@@ -29,8 +29,8 @@ def check_ranks_agree(model: nn.Module, process_group: Any = None) -> None:
     catch. ``convert_sync_batchnorm`` does not call it, since a rank may convert a model of its own (an average, an
     evaluation copy) and would wait for the others.
 
-    If the model holds torch's own batch norm, which sees the samples of one rank, and the first training step shows that
-    they are fewer than 8, rank 0 says so once, to the logger ``syncbn``.
+    If the model holds torch's own batch norm, which sees the samples of one rank, and the first training step shows
+    that they are fewer than 8, rank 0 says so once, to the logger ``syncbn``.
 
     Args:
         model: with ``SyncBatchNorm`` layers anywhere in it.

@@ -93,7 +93,9 @@ def test_each_step_is_that_of_its_members(make: Callable[[], Any], monkeypatch: 
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     if make is Torchft:
         pytest.importorskip("torchft", reason="torchft is not installed")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # (Threads cannot wait on one connection to a TCPStore; torchft makes a connection for each.)
+    tcp = {"host_name": "127.0.0.1", "port": 0, "is_master": True, "wait_for_workers": False}
+    store = dist.TCPStore(**tcp) if make is Torchft else dist.HashStore()
     for step, (members, found) in enumerate(zip(STEPS, run(make, store), strict=True)):
         parts = [data(step, member).requires_grad_() for member in members]
         whole = nn.BatchNorm1d(C, dtype=torch.float64)(torch.cat(parts))
