@@ -8,10 +8,12 @@ from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.errors import PeerLostError, RankMismatchError
 from syncbn.modules import SyncBatchNorm
 from syncbn.population import update_population_stats
+from syncbn.statistics import Statistics, merge_running_statistics
 
 __all__ = [
     "PeerLostError",
     "RankMismatchError",
+    "Statistics",
     "SyncBatchNorm",
     "accumulation",
     "check_ranks_agree",
@@ -19,6 +21,7 @@ __all__ = [
     "diagnostics",
     "functional",
     "masked",
+    "merge_running_statistics",
     "revert_sync_batchnorm",
     "steps",
     "uneven",

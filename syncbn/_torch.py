@@ -47,6 +47,30 @@ def backend_of(group: Any, device: torch.device) -> Any:
         return group
 
 
+def within(group: Any) -> Any:
+    """The group that one written in Python is made of at the moment, if it says so by ``parent``; else itself.
+
+    Groups that change between steps (torchft's) hold another one after each change. It alone has the rank, and what is
+    kept per group must not outlive it. Not from PyTorch, where such groups have no common form.
+    """
+    while type(group) is not dist.ProcessGroup and isinstance(
+        inner := getattr(group, "parent", None), dist.ProcessGroup
+    ):
+        group = inner
+    return group
+
+
+_GLOO = getattr(dist, "ProcessGroupGloo", ())
+
+
+def is_gloo(backend: Any) -> bool:
+    """Whether a backend is gloo's own, which has tags; by its class, for others call themselves gloo as well.
+
+    Fallback: no, where PyTorch was built without it.
+    """
+    return isinstance(getattr(backend, "wrapped_pg", backend), _GLOO)  # wrapped by TORCH_DISTRIBUTED_DEBUG=DETAIL
+
+
 def has_backend(group: Any, device: torch.device) -> bool:
     """Whether the group can work on tensors of a device. Fallback: it is taken to be for CPUs alone."""
     try:
@@ -78,6 +102,19 @@ def registered_groups() -> list[Any]:
         return list(dist.distributed_c10d._world.pg_map)
     except AttributeError:
         return [dist.group.WORLD]
+
+
+def root_of(mesh: Any) -> Any:
+    """The DeviceMesh that a mesh is a slice of, or the mesh itself. Fallback: itself, as if it were no slice."""
+    try:
+        return mesh._get_root_mesh()
+    except AttributeError:
+        return mesh
+
+
+def part_of(tensor: Any) -> Any:
+    """This rank's part of a DTensor, the very memory, outside of autograd. No fallback: ``to_local`` may be a copy."""
+    return tensor._local_tensor
 
 
 def group_named(name: str) -> Any:
@@ -322,8 +359,23 @@ def script_methods(module: Any) -> list[str]:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on a device, so that nothing may be read. On others than CUDA: no."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether a graph is being captured on a device, so that nothing may be read. Fallback: no, as on devices without.
+
+    Asked of the module of any accelerator (``torch.cuda``, ``torch.xpu``): ``torch.accelerator`` does not know it yet.
+    """
+    if device.type == "cpu":
+        return False
+    asked = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
+    return asked is not None and bool(asked())
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: MPS does not, nor do some XPUs, which say so. Fallback: it does."""
+    if device.type in ("cpu", "cuda"):
+        return True
+    if device.type == "xpu" and torch.xpu.is_available():
+        return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
+    return device.type != "mps"
 
 
 def assert_async(condition: Tensor, message: str) -> None:

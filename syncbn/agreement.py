@@ -13,6 +13,7 @@ from syncbn import _torch, groups
 from syncbn.convert import layer_name
 from syncbn.dry_run import check_is_module
 from syncbn.errors import RankMismatchError
+from syncbn.few_samples import watch_first_step
 from syncbn.modules import SyncBatchNorm
 
 
@@ -27,6 +28,9 @@ def check_ranks_agree(model: nn.Module, process_group: Any = None) -> None:
     different widths can only meet if ranks run their layers in different order, which the headers of the exchanges
     catch. ``convert_sync_batchnorm`` does not call it, since a rank may convert a model of its own (an average, an
     evaluation copy) and would wait for the others.
+
+    If the model holds torch's own batch norm, which sees the samples of one rank, and the first training step shows
+    that they are fewer than 8, rank 0 says so once, to the logger ``syncbn``.
 
     Args:
         model: with ``SyncBatchNorm`` layers anywhere in it.
@@ -44,6 +48,7 @@ def check_ranks_agree(model: nn.Module, process_group: Any = None) -> None:
     group = groups.resolve_group(process_group)
     if group is None or group.size() == 1:
         return
+    watch_first_step(model)
     every = _gather([json.dumps(line) for line in mine], group)
     for position in range(max(len(lines) for lines in every)):
         here = [lines[position] if position < len(lines) else "null" for lines in every]

@@ -18,6 +18,7 @@ of differentiable steps, in which the statistics are functions of the input once
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -28,8 +29,8 @@ from syncbn.channels import centred, per_channel, reduced_dims
 from syncbn.checkpointing import unseen
 from syncbn.comm import Link
 from syncbn.memory import Memory, Running
-from syncbn.messages import Message, Shared
-from syncbn.moments import look
+from syncbn.messages import Message, Shared, fill
+from syncbn.moments import look, pack_scatter, scatter_width, symmetric, unpack_scatter, upper_triangle
 from syncbn.wire import Call
 
 
@@ -288,6 +289,52 @@ class GlobalMomentsFunction(_Function):
             dx = centred(x, mean) * per_channel(2.0 * slope, x) + per_channel(level, x)
             return _valid(dx, mask).to(x.dtype), None, None
         return kernels.plain(x).normalize(x, mean, 2.0 * slope, None, level), None, None
+
+
+class GlobalCovarianceFunction(_Function):
+    """Mean and biased covariance over all ranks, as functions of this rank's ``x``.
+
+    Apply to ``(x, mask, plan)``; returns float64 ``(mean[C], covariance[C, C], count)``. With the loss being the sum of
+    the ranks' losses, and G the sum of their gradients of the covariance,
+
+        dx = m * (sum_r dmean_r + (G + G^T) (x - mean)) / n
+
+    Collectives: one exchange of 1 + C + C(C+1)/2 float64 forward, one of C + C(C+1)/2 backward. Differentiable any
+    number of times.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+        call = plan.call(wire.COVARIANCE)
+        channels = x.shape[1]
+        with unseen():
+            message = plan.link.message(scatter_width(channels), call)
+            fill(message, pack_scatter(kernels.statistics(x, mask, covariance=True), message.raw))
+            shared = plan.link.share(message, call)
+            total = look(shared.on(x.device).moments(partial(unpack_scatter, channels=channels)))
+        if total.finite is False:
+            plan.link.warn_broken(shared, plan.layer)
+        return total.mean.clone(), total.var, total.n.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, mask, ctx.plan = inputs
+        mean, _, count = output
+        ctx.save_for_backward(x, mask, mean, count)
+        ctx.mark_non_differentiable(count)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_covariance: Tensor, _: None) -> tuple[Tensor, None, None]:
+        x, mask, mean, count = ctx.saved_tensors
+        channels = len(mean)
+        grads = torch.cat([grad_mean, upper_triangle(grad_covariance + grad_covariance.T)])
+        total = SumFunction.apply(grads, ctx.plan, wire.COVARIANCE_BACKWARD) / count.clamp(min=1.0)
+        level, slope = total[:channels], symmetric(total[channels:], channels)
+        if mask is not None:
+            x = torch.where(mask, x, 0)
+        deviation = centred(x, mean)
+        dx = torch.einsum("ij,nj...->ni...", slope.to(deviation.dtype), deviation) + per_channel(level, x)
+        return _valid(dx, mask).to(x.dtype), None, None
 
 
 class SumFunction(_Function):

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn import _torch, autograd, kernels, masked, wire
-from syncbn.autograd import GlobalMomentsFunction, Plan
-from syncbn.channels import compute_dtype
+from syncbn import _torch, autograd, dtensor, kernels, masked, wire
+from syncbn.autograd import GlobalCovarianceFunction, GlobalMomentsFunction, Plan
+from syncbn.channels import along_channels, compute_dtype
 from syncbn.checkpointing import unseen
 from syncbn.comm import Link, link_of, must_synchronize, synchronizes
+from syncbn.few_samples import FEW, notice_few
 from syncbn.groups import group_device, notice_alone, resolve_group
 from syncbn.memory import Memory, Running
-from syncbn.moments import Moments
+from syncbn.moments import Moments, scatter_width
 from syncbn.together import tell
 from syncbn.wire import Call
 
@@ -129,15 +130,71 @@ def global_moments(
     >>> count.item(), mean.item(), var.item()
     (2.0, 2.0, 1.0)
     """
-    group = resolve_group(process_group)
-    link = link_of(group, _device_of(input, group))
-    flags = _gradient_flags(input, None, None)
-    error = _error(input, Vectors(None, None, None, None), None, mask, None, 1.0, None, None)
-    if error is not None:
-        _raise_together(error, link, Call(wire.MOMENTS, "", flags), _channels_of(input, None))
-    mean, var, count = GlobalMomentsFunction.apply(input, mask, Plan(link, flags=flags))
+    plan = _plan_of_statistics(input, mask, process_group, wire.MOMENTS, lambda channels: 2 * channels + 1)
+    mean, var, count = GlobalMomentsFunction.apply(input, mask, plan)
     dtype = compute_dtype(input)
     return count, mean.to(dtype), var.to(dtype)
+
+
+def global_covariance(
+    input: Tensor, *, process_group: Any = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and biased covariance matrix of the channels over all ranks, with gradients.
+
+    For normalizations that take channels together, such as whitening::
+
+        covariance = sum_r sum (x - mean) (x - mean)^T / n
+
+    With the loss being the sum of the ranks' losses, and G the sum of their gradients of the covariance::
+
+        dx = (sum_r dmean_r + (G + G^T) (x - mean)) / n
+
+    Args:
+        input: shape ``(N, C, *)``, any float dtype; N and ``*`` may differ between ranks, N may be 0.
+        process_group: as in ``sync_batch_norm``.
+        mask: boolean, of the positions to take, as in ``sync_batch_norm``; elsewhere dx is zero.
+
+    Returns:
+        ``(count, mean, covariance)``: count a 0-dim float64 tensor; mean of shape ``(C,)`` and covariance of shape
+        ``(C, C)``, symmetric, float64 for float64 input and float32 for all others (computed in float64). Zeros when
+        the global batch is empty. Differentiable any number of times.
+
+    Raises:
+        ValueError: wrong shape or dtype (peers raise RankMismatchError).
+        RankMismatchError, PeerLostError: as in ``sync_batch_norm``.
+
+    Collectives:
+        One exchange of 1 + C + C(C+1)/2 float64 forward, one of C + C(C+1)/2 backward, in any mode.
+
+    >>> count, mean, covariance = global_covariance(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    >>> count.item(), mean, covariance
+    (2.0, tensor([2., 4.]), tensor([[1., 2.],
+            [2., 4.]]))
+    """
+    plan = _plan_of_statistics(input, mask, process_group, wire.COVARIANCE, scatter_width)
+    mean, covariance, count = GlobalCovarianceFunction.apply(input, mask, plan)
+    dtype = compute_dtype(input)
+    return count, mean.to(dtype), covariance.to(dtype)
+
+
+def _plan_of_statistics(
+    input: Tensor, mask: Tensor | None, process_group: Any, kind: int, width: Callable[[int], int]
+) -> Plan:
+    """What statistics of an input that has passed the checks are taken with.
+
+    Args:
+        kind: of the exchange.
+        width: of its payload, for a number of channels.
+    """
+    group = resolve_group(process_group)
+    plan = Plan(link_of(group, _device_of(input, group)), flags=_gradient_flags(input, None, None))
+    try:
+        error = _statistics_error(input, mask)
+    except Exception as unforeseen:  # to be told to the peers as well
+        error = unforeseen
+    if error is not None:
+        _raise_together(error, plan.link, plan.call(kind), width(_channels_of(input, None)))
+    return plan
 
 
 def batch_norm(
@@ -168,14 +225,20 @@ def batch_norm(
         Others as in ``sync_batch_norm``.
     """
     vectors = Vectors(running_mean, running_var, weight, bias)
+    if type(input) is not Tensor and dtensor.is_dtensor(input):
+        return _in_parts(
+            input, vectors, residual, mask, activation, eps, channels, check, training, group, memory, layer
+        )
     compiling = torch.compiler.is_compiling()
     link = link_of(group if training and not compiling else None, _device_of(input, group))
     call = Call(wire.FORWARD, layer, _gradient_flags(input, weight, bias))
     if channels is None:
         channels = next((t.numel() for t in vectors if t is not None), None)
     error = _error(input, vectors, residual, mask, activation, eps, channels, check)
+    if error is None and training and (link.size > 1 or mask is not None):
+        error = _float64_error(input)
     if error is not None:
-        _raise_together(error, link, call, _channels_of(input, channels))
+        _raise_together(error, link, call, 2 * _channels_of(input, channels) + 1)
 
     relu = activation == "relu"
     if not training and running_mean is not None and running_var is not None:
@@ -184,6 +247,8 @@ def batch_norm(
         group = memory = None
     elif link.size == 1 and not synchronizes(group):
         notice_alone(group)
+    if training and not compiling and 0 < input.shape[0] * link.size < FEW:
+        notice_few(input.shape[0], link.size, layer)
     if compiling:
         if synchronizes(group) or mask is not None:
             return _compiled(input, mask, weight, bias, residual, eps, relu, group, memory, call)
@@ -198,6 +263,44 @@ def batch_norm(
             plan = Plan(link, eps, relu, memory, layer, call.flags)
             return _synchronized(input, mask, weight, bias, residual, plan, plain)
     return _after(_local(input, vectors, eps, memory), residual, relu)
+
+
+def _in_parts(
+    input: Tensor,
+    vectors: Vectors,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str | None,
+    eps: float,
+    channels: int | None,
+    check: Callable[[Tensor], None] | None,
+    training: bool,
+    group: Any,
+    memory: Memory | None,
+    layer: str,
+) -> Tensor:
+    """``batch_norm`` of a DTensor. What is wrong with it, all its ranks see by themselves."""
+    if channels is None:
+        channels = next((t.numel() for t in vectors if t is not None), None)
+    error = _error(input, vectors, residual, mask, activation, eps, channels, check)
+    if error is not None:
+        raise error
+    parts = dtensor.parts_of(input, vectors, residual, mask, memory, group, training)
+    y = batch_norm(
+        parts.input,
+        *parts.vectors,
+        parts.residual,
+        training=training,
+        eps=eps,
+        group=parts.group,
+        activation=activation,
+        memory=parts.memory,
+        layer=layer,
+        mask=parts.mask,
+    )
+    if training:
+        parts.finish()
+    return parts.whole(y)
 
 
 def _without_values(input: Tensor, vectors: Vectors, eps: float) -> Tensor:
@@ -233,6 +336,10 @@ def _evaluate(input: Tensor, vectors: Vectors, eps: float) -> Tensor:
     wide = _common_dtype(input, vectors)
     x = input if wide is None else input.to(wide)
     mean, var, weight, bias = (_cast(tensor, wide) for tensor in vectors)
+    if x.shape[1] == 0:  # this rank's part of a DTensor with fewer channels than ranks; torch's raises IndexError
+        for vector in (weight, bias):
+            x = x if vector is None else x + along_channels(vector, x)  # nothing, but a graph that leads to both
+        return x.to(input.dtype)
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps).to(input.dtype)
 
 
@@ -427,8 +534,7 @@ def _input_error(input: Any, channels: int | None, check: Callable[[Tensor], Non
     if not isinstance(input, Tensor):
         return TypeError(f"expected a tensor of shape (N, C, *) as input, got {type(input).__name__}: {input!r:.80}")
     if input.layout is not torch.strided or input.is_nested:
-        kind = "nested" if input.is_nested else str(input.layout)
-        return TypeError(f"expected a dense tensor of shape (N, C, *) as input, got a {kind} one; convert it first")
+        return TypeError(f"expected a dense tensor of shape (N, C, *) as input, got {_how_to_give_values(input)}")
     shape = input.shape
     if input.dtype not in DTYPES:
         return ValueError(
@@ -450,6 +556,40 @@ def _input_error(input: Any, channels: int | None, check: Callable[[Tensor], Non
         except ValueError as error:
             return error
     return None
+
+
+def _how_to_give_values(input: Tensor) -> str:
+    if input.layout is torch.jagged:
+        return (
+            "a jagged nested one. Its values are one, of shape (sum of lengths, C): normalize these, with "
+            "torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets())"
+        )
+    if input.is_nested:
+        return "a nested one; give torch.cat(x.unbind()), of shape (sum of lengths, C)"
+    return f"a {input.layout} one; give the features of its points, of shape (points, C)"
+
+
+def _float64_error(input: Tensor) -> Exception | None:
+    if _torch.has_float64(input.device):
+        return None
+    return TypeError(
+        f"shared and masked statistics are computed in float64, which {input.device} does not have: "
+        "move the layer and its input to a CPU, or revert it (syncbn.revert_sync_batchnorm)"
+    )
+
+
+def _dtensor_error(input: Any) -> Exception | None:
+    if not dtensor.is_dtensor(input):
+        return None
+    return TypeError(
+        "expected a plain tensor, got a DTensor: give input.to_local(), and as process_group the dimension of its mesh "
+        "that shards batch or space"
+    )
+
+
+def _statistics_error(input: Any, mask: Any) -> Exception | None:
+    """What is wrong with an input to take statistics of."""
+    return _dtensor_error(input) or _input_error(input, None) or _mask_error(input, mask) or _float64_error(input)
 
 
 def _mask_error(input: Tensor, mask: Any) -> Exception | None:
@@ -491,8 +631,8 @@ def tell_peers(error: Exception, input: Tensor, group: Any, layer: str, channels
     tell(error, link_of(group, input.device), call, 2 * channels + 1)
 
 
-def _raise_together(error: Exception, link: Link, call: Call, channels: int) -> NoReturn:
-    """Raise this rank's own error, after telling the peers that would wait for it."""
+def _raise_together(error: Exception, link: Link, call: Call, width: int) -> NoReturn:
+    """Raise this rank's own error, after telling the peers that would wait for it in an exchange of this width."""
     link.broke_off = False  # by an exchange before
-    tell(error, link, call, 2 * channels + 1)
+    tell(error, link, call, width)
     raise error

@@ -6,12 +6,13 @@ So a kernel knows nothing of process groups, and a link nothing of batch norm.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from syncbn.moments import Moments, merge, unpack, unpack_raw
+from syncbn.moments import Moments, from_raw, merge, unpack
 
 
 class Message(NamedTuple):
@@ -60,9 +61,13 @@ class Shared(NamedTuple):
             total += part
         return total
 
-    def moments(self) -> Moments:
-        """The moments of the global batch, equal in bits on all ranks. Perhaps views."""
-        return unpack_raw(self.sum()) if self.raw else merge([unpack(part) for part in self.parts.unbind()])
+    def moments(self, read: Callable[[Tensor], Moments] = unpack) -> Moments:
+        """The moments of the global batch, equal in bits on all ranks. Perhaps views.
+
+        Args:
+            read: how they are packed in a payload.
+        """
+        return from_raw(read(self.sum())) if self.raw else merge([read(part) for part in self.parts.unbind()])
 
 
 def fill(message: Message, payload: Tensor) -> None:

@@ -42,8 +42,6 @@ from syncbn.moments import Moments
 from syncbn.together import telling
 from syncbn.wire import POPULATION, Call
 
-_PIECE = 1 << 22  # values that are converted to float64 at a time
-
 
 def update_population_stats(
     model: nn.Module,
@@ -207,13 +205,7 @@ class _Observer:
         """Take in a batch of shape ``(N, C, *)``, of which the values at the positions of the mask count."""
         self.uses += 1
         with torch.no_grad():
-            values = input.detach()
-            if mask is not None:
-                values = values.movedim(1, -1)[mask.expand_as(values[:, :1]).squeeze(1)]
-            rows = max(1, _PIECE * len(values) // max(values.numel(), 1))
-            for piece in values.split(rows):
-                part = moments.unpack(kernels.moments(piece.double()))
-                self.moments = moments.merge([self.moments, part])
+            self.moments = moments.merge([self.moments, kernels.statistics(input, mask, covariance=False)])
 
 
 class _Observation(TorchFunctionMode):

@@ -36,7 +36,7 @@ from syncbn.comm import Link, link_of
 from syncbn.groups import group_device, resolve_group
 from syncbn.rounds import rounds, share_numbers
 from syncbn.together import telling
-from syncbn.wire import COUNT, Call
+from syncbn.wire import COUNT, LOSS_SCALE, Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +163,47 @@ def _share_example(link: Link, where: torch.device, example: Any) -> Any:
     # are.
     places = {f"{where.type}:{index}": str(where) for index in range(64)}
     return torch.load(io.BytesIO(received), map_location=places, weights_only=False)
+
+
+def loss_scale(count: float | Tensor, *, process_group: Any = None) -> Tensor:
+    """``W / n``: makes a sum over what this rank counts a term of the mean over what all ranks count.
+
+    For a loss that is a mean over something else than samples: valid tokens, boxes, masked pixels, the weights of
+    classes. DistributedDataParallel averages gradients over ranks, so with ``loss_r = loss_scale(n_r) * sum_i l_i``::
+
+        1/W * sum_r d(W/n * sum_i l_ri) = d(1/n * sum_r sum_i l_ri)        n = sum_r n_r
+
+    Under gradient accumulation, count all micro-batches of the step and call it once: each micro-batch's loss is its
+    sum times that scale. Within ``joined``, a rank that has run out counts 0 and calls it all the same.
+
+    Args:
+        count: n_r, how many there are on this rank: a number, or a 0-dim tensor. 0 or more; need not be whole.
+        process_group: the ranks whose gradients are averaged; as in ``SyncBatchNorm``.
+
+    Returns:
+        A 0-dim float64 tensor, on the device of ``count`` (the group's own for a number), without gradient; equal on
+        all ranks. A scalar loss becomes float64 by it; gradients keep their dtypes. 0 where no rank counts anything.
+
+    Raises:
+        ValueError: a number that is negative or not finite, or a tensor with dimensions; peers raise RankMismatchError.
+        RankMismatchError: another rank is in another call.
+        PeerLostError: a rank did not take part.
+
+    Collectives:
+        One exchange of 1 float64. On a device nobody waits for it.
+
+    >>> loss_scale(4).item(), loss_scale(torch.tensor(8)).item(), loss_scale(0).item()
+    (0.25, 0.125, 0.0)
+    """
+    group = resolve_group(process_group)
+    where = count.device if isinstance(count, Tensor) else group_device(group)
+    link = link_of(group, where)
+    with telling(link, Call(LOSS_SCALE), 1, "loss_scale"):
+        if count.dim() if isinstance(count, Tensor) else not 0 <= count < float("inf"):
+            raise ValueError(f"loss_scale: count must be a number of 0 or more or a 0-dim tensor, got {count!r:.200}")
+        mine = torch.as_tensor(count, dtype=torch.float64, device=where).detach().reshape(1)
+        total = link.sum(mine, Call(LOSS_SCALE))[0]
+        return torch.where(total == 0, 0.0, link.size / total)
 
 
 def empty_like(batch: Any) -> Any:

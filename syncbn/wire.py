@@ -53,6 +53,7 @@ in its compiled graphs messages have a multiple of it."""
 
 # The kinds of exchange.
 FORWARD, BACKWARD, MOMENTS, MOMENTS_BACKWARD, SUM, VOTE, COUNT, POPULATION, NOISE = range(1, 10)
+COVARIANCE, COVARIANCE_BACKWARD, STATISTICS, LOSS_SCALE = range(10, 14)
 _KINDS = {
     FORWARD: "forward",
     BACKWARD: "backward",
@@ -63,8 +64,13 @@ _KINDS = {
     COUNT: "count of samples",
     POPULATION: "population statistics",
     NOISE: "noise report",
+    COVARIANCE: "global_covariance",
+    COVARIANCE_BACKWARD: "backward of global_covariance",
+    STATISTICS: "Statistics.over_ranks",
+    LOSS_SCALE: "loss_scale",
 }
-_OF_NO_LAYER = (VOTE, COUNT, NOISE)
+_OF_NO_LAYER = (VOTE, COUNT, NOISE, LOSS_SCALE)
+_OF_ANY_SIZE = (COVARIANCE, COVARIANCE_BACKWARD, STATISTICS)
 
 # The flags. REFUSED: the sender's own call is wrong, and it takes part only so that its peers need not wait. The
 # others: which inputs of the call want a gradient.
@@ -92,6 +98,8 @@ class Call(NamedTuple):
             return f"{_KINDS[self.kind]} (call {number})"
         if self.kind == POPULATION:
             return f"{_KINDS[self.kind]} of {self.layer} (call {number})"
+        if self.kind in _OF_ANY_SIZE:
+            return f"{_KINDS[self.kind]} ({width} numbers, call {number})"
         layer = f" of layer {self.layer!r}" if self.layer else " of a layer without a name"
         wanted = [name for bit, name in _FLAGS.items() if self.flags & bit]
         details = [f"{width // 2} channels"]

@@ -91,6 +91,13 @@ def test_group_size_answers(tmp_path: Path) -> None:
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("group_size.png", "noise.png"))
 
 
+@pytest.mark.integration
+def test_rows_over_ranks_train_as_one_process() -> None:
+    out = launch(4, "domain_parallel.py", "--steps", "3")
+    *good, control = (float(number) for number in re.findall(r": ([0-9.e+-]+)$", out, flags=re.MULTILINE))
+    assert len(good) == 2 and max(good) < 1e-12 < 1e-3 < control
+
+
 def test_every_result_is_shown_and_repeatable() -> None:
     results = EXAMPLES / "results"
     shown = set(re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (results / "README.md").read_text()))

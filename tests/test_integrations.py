@@ -36,6 +36,7 @@ RUN_BY = {
     "DistributedDataParallel": "test_ddp",
     "FSDP2": "test_fsdp_mixed_precision",
     "DeviceMesh": "test_mesh",
+    "DTensor": "test_dtensor",
     "Lightning": "test_lightning",
     "Lightning Fabric": "test_lightning",
     "Accelerate": "test_accelerate",
@@ -306,6 +307,20 @@ def test_mesh(tmp_path: Path) -> None:
         same(pair, whole(4, slice(part(2 * column).start, part(2 * column + 1).stop)))
         same(sliced, pair)
         same(hybrid, whole(4))
+
+
+@pytest.mark.integration
+def test_dtensor(tmp_path: Path) -> None:
+    ranks = run_processes(4, run, tmp_path / "processes", tmp_path, RECIPES, ["dtensor"])
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(2).double()
+    x, _ = data(2)[0]
+    y = norm(x)
+    y.pow(3).mean().backward()
+    for trained, output, gradient in of({"dtensor": [rank["dtensor"] for rank in ranks]}, "dtensor"):
+        close(output, y, 1e-11, 1e-11, "y")
+        close(gradient, norm.weight.grad, 1e-11, 1e-11, "dweight")
+        same(trained, nn.Sequential(norm).state_dict())
 
 
 # ---- in this process

@@ -21,8 +21,9 @@ import syncbn
 from helpers.oracle import close, rows
 from helpers.processes import run_processes
 from helpers.ranks import outcomes, run_ranks
-from syncbn import RankMismatchError, population, update_population_stats, wire
+from syncbn import RankMismatchError, update_population_stats, wire
 from syncbn.diagnostics import measure_noise
+from syncbn.kernels import values
 
 # Batch sizes per rank.
 SHARES = {
@@ -120,7 +121,7 @@ def test_images(layout: torch.memory_format) -> None:
 
 
 def test_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(population, "_PIECE", 100)
+    monkeypatch.setattr(values, "_PIECE", 100)
     shares = [[x.double() for x in own] for own in shares_of([(7, 5), (3,)], 3, 6, 5)]
     check(update(nn.Sequential(nn.BatchNorm2d(3)).double(), shares)[0][0], together(shares))
 

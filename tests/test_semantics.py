@@ -758,3 +758,48 @@ def test_every_rank_reports_in_outcomes() -> None:
     first, second = outcomes(2, lambda rank, group: 1 if rank == 0 else int("x"))
     assert first == 1
     assert isinstance(second, ValueError)
+
+
+# ---- inputs without the form or the type for it
+
+
+def test_a_jagged_tensor_is_told_how() -> None:
+    """And what the error says works."""
+    layer = syncbn.SyncBatchNorm(3)
+    parts = [torch.randn(n, 3) for n in (4, 2)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    with pytest.raises(TypeError, match=r"nested_tensor_from_jagged\(layer\(x.values\(\)\), x.offsets\(\)\)"):
+        layer(x)
+    y = torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets())
+    y.values().pow(3).sum().backward()
+    plain = nn.BatchNorm1d(3)(torch.cat(parts))
+    close(y.values(), plain, 1e-5, 1e-5, "values")
+    assert x.grad is not None and y.offsets() is x.offsets()
+
+
+def test_other_tensors_without_a_dense_form_are_told_how() -> None:
+    layer = syncbn.SyncBatchNorm(3)
+    with pytest.warns(UserWarning, match="nested tensors"):
+        nested = torch.nested.nested_tensor([torch.randn(4, 3), torch.randn(2, 3)], layout=torch.strided)
+    with pytest.raises(TypeError, match=r"torch.cat\(x.unbind\(\)\)"):
+        layer(nested)
+    with pytest.raises(TypeError, match=r"sparse_coo one; give the features of its points"):
+        layer(torch.randn(4, 3).to_sparse())
+
+
+@pytest.mark.parametrize("function", ["layer", "global_moments", "global_covariance"])
+def test_a_device_without_float64_says_so_on_every_rank(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "syncbn._torch.has_float64", lambda device: not threading.current_thread().name.endswith("rank 1")
+    )
+
+    def body(rank: int, group: Any) -> Any:
+        call = syncbn.SyncBatchNorm(3) if function == "layer" else getattr(functional, function)
+        if function == "layer":
+            call.process_group = group
+            return call(torch.randn(2, 3))
+        return call(torch.randn(2, 3), process_group=group)
+
+    first, second = outcomes(2, body)
+    assert isinstance(second, TypeError) and "float64, which cpu does not have" in str(second)
+    assert isinstance(first, syncbn.RankMismatchError) and "float64" in str(first)

@@ -12,6 +12,7 @@ import datetime
 import functools
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +100,37 @@ def test_registered_groups(monkeypatch: pytest.MonkeyPatch) -> None:
             assert _torch.registered_groups() == [dist.group.WORLD]
     finally:
         dist.destroy_process_group()
+
+
+def test_meshes_and_their_parts() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        assert _torch.root_of(mesh) is mesh and _torch.root_of(mesh["b"]) is mesh
+        assert _torch.root_of(object) is object  # as if it knew of no root
+        part = torch.ones(2, requires_grad=True)
+        kept = _torch.part_of(DTensor.from_local(part.detach(), mesh["a"], [Replicate()], run_check=False))
+        assert type(kept) is Tensor and kept.data_ptr() == part.data_ptr()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_groups_within_groups_and_their_class() -> None:
+    class Holder(dist.ProcessGroup):
+        parent: Any = None
+
+    [inner] = run_ranks(1, lambda rank, group: group)
+    outer, outermost = Holder(0, 1), Holder(0, 1)
+    outer.parent, outermost.parent = inner, outer
+    assert _torch.within(outermost) is _torch.within(inner) is inner
+    assert _torch.within(Holder(0, 1)).parent is None
+    backend = _torch.backend_of(inner, torch.device("cpu"))
+    assert _torch.is_gloo(backend) and _torch.is_gloo(SimpleNamespace(wrapped_pg=backend))
+    assert not _torch.is_gloo(outer) and not _torch.is_gloo(SimpleNamespace(name=lambda: "gloo"))
 
 
 class WithoutGroups(dist.distributed_c10d._World):
@@ -348,6 +380,21 @@ def test_is_capturing() -> None:
         assert not _torch.is_capturing(device)
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             assert _torch.is_capturing(device)
+
+
+def test_any_accelerator_is_asked_for_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("cuda", "xpu"):
+        monkeypatch.setattr(getattr(torch, kind), "is_current_stream_capturing", lambda: True)
+        assert _torch.is_capturing(torch.device(kind))
+    assert not _torch.is_capturing(torch.device("mps")) and not _torch.is_capturing(torch.device("meta"))
+
+
+def test_has_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(_torch.has_float64(torch.device(kind)) for kind in ("cpu", "cuda", "xpu", "meta"))
+    assert not _torch.has_float64(torch.device("mps"))
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=False))
+    assert not _torch.has_float64(torch.device("xpu"))
 
 
 def test_assert_async() -> None:

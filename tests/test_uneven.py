@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import syncbn
 from helpers.links import SEE_EACH_RANK
 from helpers.oracle import close
 from helpers.processes import run_processes
-from helpers.ranks import outcomes, run_ranks
+from helpers.ranks import outcomes, peers_of, run_ranks
 from programs.uneven import train_join, train_joined, whole_batches
-from syncbn import uneven
+from syncbn import RankMismatchError, uneven
 
 LOADERS = {
     "one ends first": [(4, 3, 2), (2,)],
@@ -216,3 +217,80 @@ def test_alone() -> None:
 def _on_fire() -> Iterator[Tensor]:
     yield torch.ones(1)
     raise OSError("disk on fire")
+
+
+# ---- other counts than samples
+
+
+def tokens(rank: int, micro: int = 0) -> tuple[Tensor, Tensor]:
+    """Features and targets of this rank's sequences, with -100 where there is no token: another number on each."""
+    generator = torch.Generator().manual_seed(10 * rank + micro)
+    x, y = torch.randn(3, 6, generator=generator).double(), torch.randint(4, (3,), generator=generator)
+    y[: rank + micro] = -100
+    return x, y
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_loss_scale(world: int, micro_batches: int, as_tensor: bool) -> None:
+    """The average over ranks of the scaled sums' gradients is the gradient of the mean over all tokens."""
+    weight = torch.randn(4, 6).double()
+
+    def body(rank: int, group: Any) -> Tensor:
+        w = weight.clone().requires_grad_()
+        batches = [tokens(rank, micro) for micro in range(micro_batches)]
+        count = sum((y != -100).sum() for _, y in batches)
+        scale = uneven.loss_scale(count if as_tensor else int(count), process_group=peers_of(group))
+        for x, y in batches:
+            loss = scale * F.cross_entropy(x @ w.T, y, reduction="sum", ignore_index=-100)
+            assert loss.dtype == torch.float64
+            loss.backward()
+        assert w.grad is not None and not scale.requires_grad
+        return w.grad
+
+    gradients = run_ranks(world, body)
+    w = weight.clone().requires_grad_()
+    every = [tokens(rank, micro) for rank in range(world) for micro in range(micro_batches)]
+    F.cross_entropy(torch.cat([x for x, _ in every]) @ w.T, torch.cat([y for _, y in every])).backward()
+    torch.testing.assert_close(torch.stack(gradients).mean(0), w.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_loss_scale_within_joined() -> None:
+    """Ranks that have run out count nothing, and take part."""
+    lengths = ([4, 2, 3], [5])  # tokens of each batch
+
+    def body(rank: int, group: Any) -> list[float]:
+        loader = [torch.ones(n) for n in lengths[rank]]
+        return [
+            uneven.loss_scale(step.data.numel(), process_group=group).item()
+            for step in uneven.joined(loader, process_group=group)
+        ]
+
+    assert run_ranks(2, body) == [[2 / 9, 2 / 2, 2 / 3]] * 2
+
+
+def test_loss_scale_keeps_dtypes_and_nothing_counts_for_nothing(world: int) -> None:
+    def body(rank: int, group: Any) -> tuple[float, float, torch.dtype]:
+        nothing = uneven.loss_scale(0, process_group=peers_of(group))
+        weights = uneven.loss_scale(0.125, process_group=peers_of(group))  # of classes: less than one in all
+        w = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+        (weights * w.sum()).backward()
+        assert w.grad is not None
+        return nothing.item(), weights.item(), w.grad.dtype
+
+    assert run_ranks(world, body) == [(0.0, 8.0, torch.bfloat16)] * world
+
+
+@pytest.mark.parametrize("count", [-1, float("nan"), float("inf"), torch.ones(2)], ids=str)
+def test_a_wrong_count_raises_on_every_rank(count: Any) -> None:
+    first, second = outcomes(2, lambda rank, group: uneven.loss_scale(count if rank else 1, process_group=group))
+    assert isinstance(second, ValueError) and "count must be" in str(second)
+    assert isinstance(first, RankMismatchError) and "count must be" in str(first)
+
+
+def test_loss_scale_is_no_count_of_samples() -> None:
+    def body(rank: int, group: Any) -> Any:
+        return uneven.loss_scale(1, process_group=group) if rank else list(uneven.joined([], process_group=group))
+
+    for error in outcomes(2, body):
+        assert isinstance(error, RankMismatchError) and "loss_scale" in str(error) and "count of samples" in str(error)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from syncbn import _torch
 from syncbn.comm.all_reduce import AllReduce, AllReduceOnDevice, AllReduceOnHost
@@ -39,6 +40,7 @@ LEVELS_LIMIT = 4096
 It bounds memory: a rank has room for the messages of all ranks, 131 kB each if they are the longest.
 """
 
+_PLAIN = dist.ProcessGroup if dist.is_available() else type(None)  # groups that do not change
 _forced = 0  # how many are within forced(): ranks may be threads of one process
 _forced_lock = threading.Lock()
 _alone = {torch.device("cpu"): Alone(torch.device("cpu"))}
@@ -50,6 +52,8 @@ def link_of(group: Any, device: torch.device) -> Link:
 
     Without a group, or in one of one rank, there is nobody to talk to: ``Alone`` (but within ``forced()``).
     """
+    if type(group) is not _PLAIN and group is not None:
+        group = _torch.within(group)
     if group is None or (_forced == 0 and group.size() == 1):
         return _alone.get(device) or _alone.setdefault(device, Alone(device))
     links = _links.get(group)
@@ -64,8 +68,7 @@ def link_of(group: Any, device: torch.device) -> Link:
 def _new_link(group: Any, device: torch.device, links: dict[torch.device, Link]) -> Link:
     if _torch.is_fake(group):
         return Pretended(group, device)
-    gloo = "gloo" in str(_torch.backend_of(group, device).name()).lower()
-    if gloo and group.size() <= LEVELS_LIMIT:
+    if _torch.is_gloo(_torch.backend_of(group, device)) and group.size() <= LEVELS_LIMIT:
         # One link for all devices, so that a message from one and a message from another count as calls of one group.
         known = next((other for other in links.values() if isinstance(other, OneHop)), None)
         return known or OneHop(group, device, levels=group.size() > ONE_HOP_LIMIT)

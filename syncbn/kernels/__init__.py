@@ -25,8 +25,9 @@ from torch import Tensor
 
 from syncbn.kernels import aten, native
 from syncbn.kernels.composed import Composed, clean_padding
+from syncbn.kernels.values import statistics
 
-__all__ = ["choice", "choose", "clean_padding", "is_native", "moments", "name_of", "plain"]
+__all__ = ["choice", "choose", "clean_padding", "is_native", "moments", "name_of", "plain", "statistics"]
 
 _ATEN = Composed(aten)
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -31,6 +32,8 @@ IMPORTS = {
     "AveragedModel": AveragedModel,
     "DistributedDataParallel": DistributedDataParallel,
     "MixedPrecisionPolicy": MixedPrecisionPolicy,
+    "Shard": Shard,
+    "distribute_tensor": distribute_tensor,
     "fully_shard": fully_shard,
     "get_ema_multi_avg_fn": get_ema_multi_avg_fn,
     "init_device_mesh": init_device_mesh,
@@ -255,6 +258,10 @@ class Rank:
         fully_shard(hybrid, mesh=mesh)
         train(hybrid, sgd(hybrid), self.batches, rows)
         return state(model), state(sliced), state(hybrid)
+
+    def dtensor(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        left = self.follow("DTensor", model=nn.Sequential(nn.BatchNorm2d(2)).double(), x=data(2)[0][0])
+        return state(left["model"]), left["y"].full_tensor(), left["model"][0].weight.grad
 
 
 def run(rank: int, size: int, folder: Path, recipes: dict[str, str], names: list[str]) -> dict[str, Any]:
