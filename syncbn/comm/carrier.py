@@ -89,7 +89,10 @@ class Carrier:
             missing = [rank for rank in sorted(lost.ranks) if rank != self._rank]
             waited = time.monotonic() - started
             return Lost(str(lost), waited, missing)
-        except RuntimeError as error:
+        except BaseException as error:
+            if not self._gloo.raised(error):
+                bury(frames, self._gloo, self._group())
+                raise
             missing = self._gloo.missing()
             bury(frames, self._gloo)
             waited = time.monotonic() - started
@@ -100,9 +103,6 @@ class Carrier:
             if self._sockets is not None:
                 self._sockets.give_up(dict.fromkeys(missing or [self._rank], str(error)))
             return Lost(str(error), waited, missing)
-        except BaseException:
-            bury(frames, self._gloo, self._group())
-            raise
         return None
 
     def close(self, reason: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from syncbn import _torch
-from syncbn.comm.waiting import bury, interruptible
+from syncbn.comm.waiting import bury, interruptible, is_of_backend
 
 TAG = 0x53424E
 """Tag of our messages between two ranks ("SBN"): gloo keeps messages of different tags apart."""
@@ -70,6 +70,10 @@ class Gloo:
             look()
         for work in self._sends:
             work.wait()
+
+    def raised(self, error: BaseException) -> bool:
+        """Whether gloo raised an error, and not a signal's handler."""
+        return is_of_backend(error, self._backend)
 
     def missing(self) -> list[int]:
         """After a failure: the ranks that had not arrived. Of those behind the one that failed, some may have."""
