@@ -16,7 +16,8 @@ from torch import Tensor
 
 from syncbn import _torch, wire
 from syncbn.comm.base import Link
-from syncbn.comm.post_mortem import silent_ranks
+from syncbn.comm.gloo import Gloo, is_gloo
+from syncbn.comm.post_mortem import lost_ranks
 from syncbn.comm.waiting import bury, interruptible, is_of_backend
 from syncbn.errors import RankMismatchError
 from syncbn.messages import Message, Shared
@@ -81,7 +82,9 @@ class AllReduce(Link):
             bury(message)
             waited = time.monotonic() - started
             others = [rank for rank in range(self.size) if rank != self.rank]
-            self._lost(str(error), call, width, waited, silent_ranks(group, self.exchanges, others))
+            know = [Gloo(group, self.device).is_broken] if is_gloo(group, self.device) else []
+            missing = lost_ranks(group, self.exchanges, others, *know)
+            self._lost(str(error), call, width, waited, missing)
 
     def _leave(self, error: BaseException, call: Call, width: int) -> None:
         """An exception came out of an exchange. Unless it is one of ours, the peers cannot know how far it got."""

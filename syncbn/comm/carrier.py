@@ -16,7 +16,7 @@ from syncbn import _torch
 from syncbn.comm.frames import Frames
 from syncbn.comm.gloo import Gloo
 from syncbn.comm.handshake import all_of_host, connect_pairs
-from syncbn.comm.post_mortem import silent_ranks
+from syncbn.comm.post_mortem import lost_ranks
 from syncbn.comm.sockets import PeersLost, Sockets
 from syncbn.comm.two_levels import TwoLevels, is_led, leader_or_all
 from syncbn.comm.waiting import bury
@@ -86,20 +86,22 @@ class Carrier:
         except PeersLost as lost:
             if self._sockets is not None:
                 self._sockets.give_up(lost.ranks, lost.timed_out)
-            missing = [rank for rank in sorted(lost.ranks) if rank != self._rank]
             waited = time.monotonic() - started
+            if len(self.by_socket) < self._size - 1:
+                lost_ranks(self._group(), number, [])
+            missing = [rank for rank in sorted(lost.ranks) if rank != self._rank]
             return Lost(str(lost), waited, missing)
         except BaseException as error:
             if not self._gloo.raised(error):
                 bury(frames, self._gloo, self._group())
                 raise
+            waited = time.monotonic() - started
             missing = self._gloo.missing()
             bury(frames, self._gloo)
-            waited = time.monotonic() - started
             if len(missing) > 1:  # some of them may have lost the same peer, and hung up before this rank
-                missing = silent_ranks(self._group(), number, missing) or missing
+                missing = lost_ranks(self._group(), number, missing, self._gloo.is_broken) or missing
             else:
-                silent_ranks(self._group(), number, [])
+                lost_ranks(self._group(), number, [])
             if self._sockets is not None:
                 self._sockets.give_up(dict.fromkeys(missing or [self._rank], str(error)))
             return Lost(str(error), waited, missing)

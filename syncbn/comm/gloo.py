@@ -16,6 +16,15 @@ from syncbn.comm.waiting import bury, interruptible, is_of_backend
 TAG = 0x53424E
 """Tag of our messages between two ranks ("SBN"): gloo keeps messages of different tags apart."""
 
+_PROBE = TAG + 1
+_GIVEN_UP = "Application timeout"
+"""In what gloo says of connections that it closed itself, after a timeout."""
+
+
+def is_gloo(group: Any, device: torch.device) -> bool:
+    """Whether messages of a group from a device go over gloo."""
+    return "gloo" in str(_torch.backend_of(group, device).name()).lower()
+
 
 class Gloo:
     """Carries frames to and from ranks of a group.
@@ -74,6 +83,18 @@ class Gloo:
     def raised(self, error: BaseException) -> bool:
         """Whether gloo raised an error, and not a signal's handler."""
         return is_of_backend(error, self._backend)
+
+    def is_broken(self, peer: int) -> bool:
+        """Whether gloo knows that the connection to a rank is broken.
+
+        It says so when it is asked to receive. (To wait, for however short a time, closes all its connections.)
+        """
+        room = torch.empty(1, dtype=torch.float64, device="cpu")
+        try:
+            bury(room, self._backend.recv([room], peer, _PROBE))
+        except RuntimeError as error:
+            return _GIVEN_UP not in str(error)
+        return False
 
     def missing(self) -> list[int]:
         """After a failure: the ranks that had not arrived. Of those behind the one that failed, some may have."""

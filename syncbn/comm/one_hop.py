@@ -48,13 +48,13 @@ class OneHop(Link):
         payload = message.payload
         width = payload.numel()
         self._check_alive(call, width)
-        self.broke_off = False
-        own, shared = self._prepared(min(width, FRAME))
-        if message is not own:
-            own.payload.copy_(payload[:FRAME])
-        mine = wire.encode(call, width, self.exchanges)
-        self._frames.views[self.rank][:HEADER_BYTES] = mine
         try:
+            self.broke_off = False
+            own, shared = self._prepared(min(width, FRAME))
+            if message is not own:
+                own.payload.copy_(payload[:FRAME])
+            mine = wire.encode(call, width, self.exchanges)
+            self._frames.views[self.rank][:HEADER_BYTES] = mine
             self._swap(self._frames, len(own.whole), call, width)
             if self._checks != "off" or width > FRAME:  # a rest of another length would abort the process
                 self._compare(mine)

@@ -5,10 +5,26 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _SECONDS = 0.5  # that a rank waits, after a failure, to hear which others are left
+
+
+def lost_ranks(
+    group: Any, number: int, among: Sequence[int], is_broken: Callable[[int], bool] = lambda rank: False
+) -> list[int]:
+    """Those ``among`` the ranks that are to blame for the end of an exchange, as far as can be known.
+
+    Args:
+        group: of the exchange; or None, if it is gone.
+        number: of the exchange.
+        among: ranks that may not have come.
+        is_broken: whether the connection to a rank is known to be broken.
+    """
+    silent = silent_ranks(group, number, among)
+    # Of several, some may only wait for this rank, or be late: their connections are whole.
+    return silent if len(silent) < 2 else [rank for rank in silent if is_broken(rank)] or silent
 
 
 def silent_ranks(group: Any, number: int, among: Sequence[int]) -> list[int]:
