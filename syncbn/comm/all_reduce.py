@@ -17,7 +17,7 @@ from torch import Tensor
 from syncbn import _torch, wire
 from syncbn.comm.base import Link
 from syncbn.comm.gloo import Gloo, is_gloo
-from syncbn.comm.post_mortem import lost_ranks
+from syncbn.comm.post_mortem import Note, culprits
 from syncbn.comm.waiting import bury, interruptible, is_of_backend
 from syncbn.errors import RankMismatchError
 from syncbn.messages import Message, Shared
@@ -82,8 +82,10 @@ class AllReduce(Link):
             bury(message)
             waited = time.monotonic() - started
             others = [rank for rank in range(self.size) if rank != self.rank]
-            know = [Gloo(group, self.device).is_broken] if is_gloo(group, self.device) else []
-            missing = lost_ranks(group, self.exchanges, others, *know)
+            know = Gloo(group, self.device).is_broken if is_gloo(group, self.device) else lambda rank: False
+            broken = [rank for rank in others if know(rank)]
+            absent = [rank for rank in others if rank not in broken]
+            missing = culprits(group, Note(broken=broken, absent=absent))
             self._lost(str(error), call, width, waited, missing)
 
     def _leave(self, error: BaseException, call: Call, width: int) -> None:

@@ -91,7 +91,7 @@ class OneHop(Link):
         return "rank " + ", ".join(self._name_rank(rank) for rank in broken)
 
     def _swap(self, frames: Frames, length: int, call: Call, width: int) -> None:
-        lost = self._carrier.swap(frames, length, self.exchanges)
+        lost = self._carrier.swap(frames, length)
         if lost is not None:
             self._lost(lost.reason, call, width, lost.waited, lost.missing)
 

@@ -67,14 +67,16 @@ class TwoLevels:
         self._others = [leader for leader in self._hosts if leader != rank]
         self._kept: _Room | None = None  # for the frames of most exchanges
 
-    def swap(self, frames: Frames, length: int, deadline: float, margin: float) -> None:
+    def swap(self, frames: Frames, length: int, collected: float, deadline: float, answered: float) -> None:
         """Send this rank's frame to all, and receive theirs.
 
         Args:
             frames: has this rank's frame, and room for those of the others.
             length: of this rank's frame in float64.
-            deadline: of the exchange, on the clock of ``time.monotonic``.
-            margin: seconds that a word of who did not come in time may take from a leader to a leader, or to a rank.
+            collected: when a leader stops waiting for the ranks of its host, on the clock of ``time.monotonic``; so
+                that its word of who did not come reaches the other leaders by the deadline.
+            deadline: of the exchange.
+            answered: when a rank stops waiting for its leader, who may have to find out who did not come.
 
         Raises:
             PeersLost: a rank is not there any more, or has not come by the deadline.
@@ -86,10 +88,10 @@ class TwoLevels:
         if room.length != frames.length:
             room = _Room(self._hosts if self._leads else {}, self._size, frames.length)
         if not self._leads:
-            self._follow(frames, length, room, deadline + margin)
+            self._follow(frames, length, room, answered)
             return
         try:
-            self._lead(frames, length, room, deadline, margin)
+            self._lead(frames, length, room, collected, deadline)
         except BaseException as error:
             bury(room, self._gloo)  # gloo may still write there, and read
             self._tell_leaders(error)
@@ -102,15 +104,17 @@ class TwoLevels:
         for ranks in self._hosts.values():
             at += _unpack(room.all[at:], ranks, frames)
 
-    def _lead(self, frames: Frames, length: int, room: _Room, deadline: float, margin: float) -> None:
+    def _lead(self, frames: Frames, length: int, room: _Room, collected: float, deadline: float) -> None:
         blocks, mine = room.blocks, self._hosts[self._rank]
         lengths = [8 * length]
         if len(mine) > 1:
-            lengths += self._sockets.collect(frames.of_peers(self._sockets.peers), deadline - margin, 8 * length)
+            lengths += self._sockets.collect(frames.of_peers(self._sockets.peers), collected, 8 * length)
         size = _pack(frames, mine, lengths, blocks[self._rank].bytes)
         if self._others:
             self._gloo.start(blocks[self._rank].tensor[: size // 8], {to: blocks[to].tensor for to in self._others})
-            self._gloo.wait(functools.partial(self._hear, blocks))  # who gave up does not take this rank's block
+            self._gloo.wait(
+                deadline, functools.partial(self._hear, blocks)
+            )  # who gave up does not take this rank's block
         if len(mine) > 1:
             end = 0
             for leader, ranks in self._hosts.items():
@@ -141,7 +145,8 @@ class TwoLevels:
         if isinstance(error, PeersLost):
             lost, timed_out = error.ranks, error.timed_out
         elif isinstance(error, RuntimeError):
-            lost = dict.fromkeys(self._gloo.missing() or [self._rank], str(error))
+            broken, absent = self._gloo.missing()
+            lost = dict.fromkeys(broken or absent or [self._rank], str(error))
         else:
             lost = {self._rank: f"it was interrupted by {farewell.describe(error)}"}
         last = farewell.encode(Farewell(lost, timed_out, 0))
