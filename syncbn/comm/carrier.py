@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import torch
 
 from syncbn import _torch
+from syncbn.comm.board import share_boards
 from syncbn.comm.frames import Frames
 from syncbn.comm.gloo import Gloo
 from syncbn.comm.handshake import all_of_host, connect_pairs
-from syncbn.comm.post_mortem import SECONDS, Note, culprits
+from syncbn.comm.post_mortem import PATIENCE, SECONDS, Note, culprits
 from syncbn.comm.sockets import LATE, PeersLost, Sockets
-from syncbn.comm.two_levels import TwoLevels, is_led, leader_or_all
+from syncbn.comm.two_levels import TwoLevels, board_size, is_led, leader_or_all
 from syncbn.comm.waiting import bury
+from syncbn.wire import FRAME, HEAD
 
 _MARGIN = 1.0
 """Seconds at most, of the group's timeout, that are left for a leader to say who did not come."""
@@ -86,10 +88,9 @@ class Carrier:
             waited = time.monotonic() - started
             missing = [rank for rank in sorted(lost.ranks) if rank != self._rank]
             if len(self.by_socket) < self._size - 1:  # there are others, whom the store reaches
-                missing = culprits(self._group(), Note(absent=missing) if lost.expired else Note(gone=missing))
-            ranks = (
-                lost.ranks if missing == sorted(lost.ranks) else {rank: lost.ranks.get(rank, LATE) for rank in missing}
-            )
+                note = Note(absent=missing) if lost.expired else Note(gone=missing)
+                missing = culprits(self._group(), note, PATIENCE if self._levels is None else 0.0)
+            ranks = {rank: lost.ranks.get(rank, LATE) for rank in missing} or lost.ranks
             self.give_up(ranks, lost.timed_out)
             return Lost(str(PeersLost(ranks)), waited, missing)
         except BaseException as error:
@@ -133,10 +134,16 @@ class Carrier:
 
     def _connect(self) -> None:
         ends, pairs, hosts = connect_pairs(self._rank, self._size, self._tell, self._wanted)
+        board = None
+        led = self._wanted is leader_or_all and any(pairs) and is_led(hosts)
+        if led:
+            size = board_size(pairs, HEAD + FRAME)
+            board, pairs = share_boards(self._rank, pairs, ends, self._tell, size)
+            ends = {rank: end for rank, end in ends.items() if rank in pairs[self._rank]}
         self._sockets = Sockets(self._rank, ends, alone=len(ends) == self._size - 1)
         self._others = [rank for rank in self._others if rank not in ends]
-        if self._wanted is leader_or_all and any(pairs) and is_led(hosts):
-            self._levels = TwoLevels(self._rank, pairs, self._sockets, self._gloo)
+        if led:
+            self._levels = TwoLevels(self._rank, pairs, self._sockets, self._gloo, board, HEAD + FRAME)
 
     def _tell(self, record: bytes) -> list[bytes]:
         """Every rank's record, over gloo."""

@@ -15,8 +15,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 SECONDS = 0.5
-"""How long a rank waits at most, after a failure, for the notes of others."""
+"""How long a rank takes at most, after a failure, to find out whose fault it is."""
 
+
+PATIENCE = 0.4
+"""How long it waits for notes that may be written yet."""
 
 _NOTE = 0.15
 """Seconds that the note of a rank may take, after the connection to it broke."""
@@ -36,8 +39,13 @@ class Note(NamedTuple):
     absent: Sequence[int] = ()
 
 
-def culprits(group: Any, mine: Note) -> list[int]:
+def culprits(group: Any, mine: Note, patience: float = PATIENCE) -> list[int]:
     """The ranks to blame for the end of an exchange, as far as can be known; leaves this rank's note.
+
+    Args:
+        group: of the exchange.
+        mine: what this rank knows.
+        patience: seconds to wait for the notes of those whose fault it may not be.
 
     Best effort, within ``SECONDS``, in a thread of its own: the store may have died with a rank. Then, and where no
     notes tell more, those of whom this rank knows itself.
@@ -48,7 +56,7 @@ def culprits(group: Any, mine: Note) -> list[int]:
         with contextlib.suppress(Exception):
             store = group.get_group_store()
             store.set(_key(group.rank()), json.dumps(mine))
-            found.append(_read(store, mine))
+            found.append(_read(store, mine, patience))
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
@@ -56,7 +64,7 @@ def culprits(group: Any, mine: Note) -> list[int]:
     return found[0] if found else list(mine.gone or mine.broken or mine.absent)
 
 
-def _read(store: Any, mine: Note) -> list[int]:
+def _read(store: Any, mine: Note, patience: float) -> list[int]:
     """Whom this rank's note and those of the ranks that it misses make responsible."""
     if mine.gone:
         return list(mine.gone)
@@ -70,7 +78,7 @@ def _read(store: Any, mine: Note) -> list[int]:
         silent = [rank for rank in mine.broken if rank not in notes]
         if told or (silent and time.monotonic() > started + _NOTE):
             return told or silent
-        if time.monotonic() > started + 0.8 * SECONDS:
+        if time.monotonic() > started + patience:
             break
         time.sleep(0.02)
     silent = [rank for rank in mine.absent if rank not in notes]
