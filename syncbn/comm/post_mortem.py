@@ -56,7 +56,7 @@ def culprits(group: Any, mine: Note, patience: float = PATIENCE) -> list[int]:
         with contextlib.suppress(Exception):
             store = group.get_group_store()
             store.set(_key(group.rank()), json.dumps(mine))
-            found.append(_read(store, mine, patience))
+            found.append(_read(store, group.rank(), mine, patience))
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
@@ -64,7 +64,7 @@ def culprits(group: Any, mine: Note, patience: float = PATIENCE) -> list[int]:
     return found[0] if found else list(mine.gone or mine.broken or mine.absent)
 
 
-def _read(store: Any, mine: Note, patience: float) -> list[int]:
+def _read(store: Any, me: int, mine: Note, patience: float) -> list[int]:
     """Whom this rank's note and those of the ranks that it misses make responsible."""
     if mine.gone:
         return list(mine.gone)
@@ -74,7 +74,8 @@ def _read(store: Any, mine: Note, patience: float) -> list[int]:
         for rank in {*mine.broken, *mine.absent} - set(notes):
             if store.check([_key(rank)]):
                 notes[rank] = Note(*json.loads(store.get(_key(rank))))
-        told = sorted({rank for note in notes.values() for rank in note.gone} - set(notes))
+        here = {me, *notes}
+        told = sorted({rank for note in notes.values() for rank in note.gone} - here)
         silent = [rank for rank in mine.broken if rank not in notes]
         if told or (silent and time.monotonic() > started + _NOTE):
             return told or silent
@@ -82,7 +83,7 @@ def _read(store: Any, mine: Note, patience: float) -> list[int]:
             break
         time.sleep(0.02)
     silent = [rank for rank in mine.absent if rank not in notes]
-    told = sorted({rank for note in notes.values() for rank in (*note.broken, *note.absent)} - set(notes))
+    told = sorted({rank for note in notes.values() for rank in (*note.broken, *note.absent)} - here)
     return silent or told
 
 

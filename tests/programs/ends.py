@@ -416,7 +416,7 @@ def die(plan: Scenario, folder: Path) -> None:
     if plan.end == "stop":
         waker = os.fork()
         if waker == 0:
-            time.sleep(plan.timeout + 0.4)
+            time.sleep(plan.timeout + 1.5)  # others have found out by then
             os.kill(os.getppid(), signal.SIGCONT)
             os._exit(0)
         os.kill(os.getpid(), signal.SIGSTOP)
