@@ -38,7 +38,16 @@ def test_exit_delivers_what_was_sent() -> None:
 
 
 @pytest.mark.parametrize(
-    "scenario", ["deadline", "deadline_of_a_future", "deadline_of_a_call", "deadline_of_a_receive", "other_size"]
+    "scenario",
+    [
+        "deadline",
+        "deadline_of_a_future",
+        "deadline_of_a_call",
+        "deadline_of_a_receive",
+        "other_size",
+        "interrupted",
+        "interrupted_often",
+    ],
 )
 def test_dead_group(scenario: str) -> None:
     """The rank that waits gets an error it can handle, and its exit ends the rank that sleeps for a minute."""

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from syncbn import _torch
 from syncbn.comm.all_reduce import AllReduce, AllReduceOnDevice, AllReduceOnHost
 from syncbn.comm.base import Alone, Link, Pretended
+from syncbn.comm.gloo import is_gloo
 from syncbn.comm.one_hop import OneHop
 
 __all__ = ["AllReduce", "Alone", "Link", "OneHop", "forced", "link_of", "must_synchronize", "synchronizes"]
@@ -68,7 +69,7 @@ def link_of(group: Any, device: torch.device) -> Link:
 def _new_link(group: Any, device: torch.device, links: dict[torch.device, Link]) -> Link:
     if _torch.is_fake(group):
         return Pretended(group, device)
-    if _torch.is_gloo(_torch.backend_of(group, device)) and group.size() <= LEVELS_LIMIT:
+    if is_gloo(group, device) and group.size() <= LEVELS_LIMIT:
         # One link for all devices, so that a message from one and a message from another count as calls of one group.
         known = next((other for other in links.values() if isinstance(other, OneHop)), None)
         return known or OneHop(group, device, levels=group.size() > ONE_HOP_LIMIT)

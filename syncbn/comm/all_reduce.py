@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from syncbn import _torch, wire
 from syncbn.comm.base import Link
-from syncbn.comm.post_mortem import silent_ranks
-from syncbn.comm.waiting import bury, interruptible
+from syncbn.comm.gloo import Gloo, is_gloo
+from syncbn.comm.post_mortem import Note, culprits
+from syncbn.comm.waiting import bury, interruptible, is_of_backend
 from syncbn.errors import RankMismatchError
 from syncbn.messages import Message, Shared
 from syncbn.wire import BUCKET, FORWARD, MOMENTS, SLOTS, Call
@@ -50,9 +52,14 @@ class AllReduce(Link):
         wire.pack_slots(slots, 0, refused=self.rank + 1)
         message = torch.zeros(self._first_length(width), dtype=torch.float64)
         message[:SLOTS] = torch.frombuffer(slots, dtype=torch.float64)
-        self._reduce(message.to(self.device), call, width)
-        self.exchanges += 1
-        self.broke_off = True
+        message = message.to(self.device)
+        try:
+            self._reduce(message, call, width)
+            self.exchanges += 1
+            self.broke_off = True
+        except BaseException as error:
+            self._leave(error, call, width)
+            raise
 
     def _first_length(self, width: int) -> int:
         """Length of the first all-reduce for a payload of ``width``."""
@@ -67,15 +74,24 @@ class AllReduce(Link):
         started = time.monotonic()
         try:
             self._wait(group.allreduce([message], self._options))
-        except RuntimeError as error:
+        except BaseException as error:
+            backend = _torch.backend_of(group, self.device)
+            if not is_of_backend(error, backend):
+                bury(message, group, backend)
+                raise
             bury(message)
             waited = time.monotonic() - started
             others = [rank for rank in range(self.size) if rank != self.rank]
-            self._lost(str(error), call, width, waited, silent_ranks(group, self.exchanges, others))
-        except BaseException as error:
-            bury(message, group, _torch.backend_of(group, self.device))
+            know = Gloo(group, self.device).is_broken if is_gloo(group, self.device) else lambda rank: False
+            broken = [rank for rank in others if know(rank)]
+            absent = [rank for rank in others if rank not in broken]
+            missing = culprits(group, Note(broken=broken, absent=absent))
+            self._lost(str(error), call, width, waited, missing)
+
+    def _leave(self, error: BaseException, call: Call, width: int) -> None:
+        """An exception came out of an exchange. Unless it is one of ours, the peers cannot know how far it got."""
+        if not isinstance(error, RankMismatchError) and self._dead is None:
             self._interrupted(error, call, width)
-            raise
 
     def _wait(self, work: Any) -> None:
         work.wait()
@@ -125,18 +141,22 @@ class AllReduceOnHost(AllReduce):
         finite = bool(torch.isfinite(own.payload.sum()))
         t = wire.tag(call, width, self.exchanges)
         wire.pack_slots(raw, t, broken=0 if finite else self.rank + 1)
-        self._reduce(own.whole[:BUCKET], call, width)
-        self._check(wire.read_slots(raw), call, width, self.exchanges)
-        if len(own.whole) > BUCKET:
-            self._reduce(own.whole[BUCKET:], call, width)
-        self.exchanges += 1
+        try:
+            self._reduce(own.whole[:BUCKET], call, width)
+            self._check(wire.read_slots(raw), call, width, self.exchanges)
+            if len(own.whole) > BUCKET:
+                self._reduce(own.whole[BUCKET:], call, width)
+            self.exchanges += 1
+        except BaseException as error:
+            self._leave(error, call, width)
+            raise
         return shared
 
     def _first_length(self, width: int) -> int:
         return BUCKET
 
     def _wait(self, work: Any) -> None:
-        if work.is_completed():  # a backend in Python has waited already
+        if isinstance(type(work).wait, FunctionType):  # in Python, where signals are heard
             work.wait()
         else:
             interruptible(work.wait)
@@ -174,13 +194,17 @@ class AllReduceOnDevice(AllReduce):
         capturing = _torch.is_capturing(self.device)
         if not capturing:
             self._check_late()
-        self._reduce(message.whole, call, width)
-        slots = message.whole[:SLOTS]
-        if self._checks == "sync" and not capturing:
-            self._check(slots.tolist(), call, width, self.exchanges)
-        elif self._checks == "on" and not capturing:
-            self._check_later(slots, call, width)
-        self.exchanges += 1
+        try:
+            self._reduce(message.whole, call, width)
+            slots = message.whole[:SLOTS]
+            if self._checks == "sync" and not capturing:
+                self._check(slots.tolist(), call, width, self.exchanges)
+            elif self._checks == "on" and not capturing:
+                self._check_later(slots, call, width)
+            self.exchanges += 1
+        except BaseException as error:
+            self._leave(error, call, width)
+            raise
         return Shared(message.payload[None], raw=True)
 
     def _first_length(self, width: int) -> int:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from syncbn import _torch
+from syncbn.comm.board import share_boards
 from syncbn.comm.frames import Frames
 from syncbn.comm.gloo import Gloo
 from syncbn.comm.handshake import all_of_host, connect_pairs
-from syncbn.comm.post_mortem import silent_ranks
-from syncbn.comm.sockets import PeersLost, Sockets
-from syncbn.comm.two_levels import TwoLevels, is_led, leader_or_all
+from syncbn.comm.post_mortem import PATIENCE, SECONDS, Note, culprits
+from syncbn.comm.sockets import LATE, PeersLost, Sockets
+from syncbn.comm.two_levels import TwoLevels, board_size, is_led, leader_or_all
 from syncbn.comm.waiting import bury
+from syncbn.wire import FRAME, HEAD
 
 _MARGIN = 1.0
 """Seconds at most, of the group's timeout, that are left for a leader to say who did not come."""
@@ -67,13 +69,12 @@ class Carrier:
         """The ranks that are reached by socket; known from the first exchange on."""
         return () if self._sockets is None else self._sockets.peers
 
-    def swap(self, frames: Frames, length: int, number: int) -> Lost | None:
+    def swap(self, frames: Frames, length: int) -> Lost | None:
         """Send this rank's frame to every peer, and receive theirs; wait for all.
 
         Args:
             frames: has this rank's frame, and room for those of the others.
             length: of this rank's frame in float64.
-            number: of the exchange, for the post-mortem.
 
         Returns:
             None, or how it failed; then the group cannot be used again.
@@ -84,44 +85,48 @@ class Carrier:
                 self._connect()
             self._exchange(frames, length, started + self._timeout)
         except PeersLost as lost:
-            if self._sockets is not None:
-                self._sockets.give_up(lost.ranks, lost.timed_out)
+            waited = time.monotonic() - started
             missing = [rank for rank in sorted(lost.ranks) if rank != self._rank]
+            if len(self.by_socket) < self._size - 1:  # there are others, whom the store reaches
+                note = Note(absent=missing) if lost.expired else Note(gone=missing)
+                missing = culprits(self._group(), note, PATIENCE if self._levels is None else 0.0)
+            ranks = {rank: lost.ranks.get(rank, LATE) for rank in missing} or lost.ranks
+            self.give_up(ranks, lost.timed_out)
+            return Lost(str(PeersLost(ranks)), waited, missing)
+        except BaseException as error:
+            if not self._gloo.raised(error):
+                bury(frames, self._gloo, self._group())
+                raise
             waited = time.monotonic() - started
-            return Lost(str(lost), waited, missing)
-        except RuntimeError as error:
-            missing = self._gloo.missing()
+            broken, absent = self._gloo.missing()
             bury(frames, self._gloo)
-            waited = time.monotonic() - started
-            if len(missing) > 1:  # some of them may have lost the same peer, and hung up before this rank
-                missing = silent_ranks(self._group(), number, missing) or missing
-            else:
-                silent_ranks(self._group(), number, [])
-            if self._sockets is not None:
-                self._sockets.give_up(dict.fromkeys(missing or [self._rank], str(error)))
+            missing = culprits(self._group(), Note(broken=broken, absent=absent))
+            self.give_up(dict.fromkeys(missing or [self._rank], str(error)))
             return Lost(str(error), waited, missing)
-        except BaseException:
-            bury(frames, self._gloo, self._group())
-            raise
         return None
 
     def close(self, reason: str) -> None:
         """Tell the peers at the other ends of sockets that this rank is gone, and close these."""
+        self.give_up({self._rank: reason})
+
+    def give_up(self, lost: Mapping[int, str], timed_out: bool = False) -> None:
+        """Tell the peers at the other ends of sockets that these ranks are lost, and why, and close these."""
         if self._sockets is not None:
-            self._sockets.close(reason)
+            self._sockets.give_up(lost, timed_out)
 
     def _exchange(self, frames: Frames, length: int, deadline: float) -> None:
         sockets = self._sockets
         assert sockets is not None
         if self._levels is not None:
-            self._levels.swap(frames, length, deadline, min(_MARGIN, self._timeout / 10))
+            margin = min(_MARGIN, self._timeout / 10)
+            self._levels.swap(frames, length, deadline - margin, deadline, deadline + margin + SECONDS)
             return
         sockets.send(frames.views[self._rank][: 8 * length])
         if self._others:
             self._start(frames, length)
         sockets.receive(frames.of_peers(sockets.peers), deadline)
         if self._others:
-            self._gloo.wait()
+            self._gloo.wait(deadline)
 
     def _start(self, frames: Frames, length: int) -> None:
         rows = frames.tensor
@@ -129,15 +134,21 @@ class Carrier:
 
     def _connect(self) -> None:
         ends, pairs, hosts = connect_pairs(self._rank, self._size, self._tell, self._wanted)
-        self._sockets = Sockets(self._rank, ends)
+        board = None
+        led = self._wanted is leader_or_all and any(pairs) and is_led(hosts)
+        if led:
+            size = board_size(pairs, HEAD + FRAME)
+            board, pairs = share_boards(self._rank, pairs, ends, self._tell, size)
+            ends = {rank: end for rank, end in ends.items() if rank in pairs[self._rank]}
+        self._sockets = Sockets(self._rank, ends, alone=len(ends) == self._size - 1)
         self._others = [rank for rank in self._others if rank not in ends]
-        if self._wanted is leader_or_all and any(pairs) and is_led(hosts):
-            self._levels = TwoLevels(self._rank, pairs, self._sockets, self._gloo)
+        if led:
+            self._levels = TwoLevels(self._rank, pairs, self._sockets, self._gloo, board, HEAD + FRAME)
 
     def _tell(self, record: bytes) -> list[bytes]:
         """Every rank's record, over gloo."""
         frames = Frames(self._size, -(-len(record) // 8))
         frames.views[self._rank][: len(record)] = record
         self._start(frames, frames.length)
-        self._gloo.wait()
+        self._gloo.wait(time.monotonic() + self._timeout)
         return [bytes(view[: len(record)]) for view in frames.views]

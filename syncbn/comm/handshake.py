@@ -177,7 +177,7 @@ class _Handshake:
     def _listen(self) -> _About:
         name, secret = secrets.token_bytes(16), secrets.token_bytes(16)
         me = _About(False, b"", 0, 0, name, secret)
-        with _attempt():
+        with attempt():
             if os.environ.get(SWITCH, "").lower() == "off":  # another value is refused by way of this very connection
                 return me
             boot, device, inode = this_host()
@@ -189,7 +189,7 @@ class _Handshake:
 
     def _connect(self, lower: Sequence[int], ranks: Sequence[_About]) -> None:
         for other in lower:
-            with _attempt():
+            with attempt():
                 end = self._socket()
                 end.connect(_address(ranks[other].name))
                 if _uid(end) != os.geteuid():
@@ -204,11 +204,11 @@ class _Handshake:
         """Take the connections that are there; those of peers are among the first that the queue can hold."""
         if self._listener is None:
             return
-        with _attempt():  # ends when there are no more, or no descriptor is left
+        with attempt():  # ends when there are no more, or no descriptor is left
             for _ in range(self._size + _STRANGERS + 1):
                 end = self._listener.accept()[0]
                 self._opened.append(end)
-                with _attempt():
+                with attempt():
                     self._welcome(end, expected)
 
     def _welcome(self, end: socket.socket, expected: Sequence[int]) -> None:
@@ -227,7 +227,7 @@ class _Handshake:
 
     def _is_answered(self, other: int) -> bool:
         answer = b""
-        with _attempt():
+        with attempt():
             answer = self._ends[other].socket.recv(_ANSWER.size + 1, socket.MSG_DONTWAIT)
         return hmac.compare_digest(answer, _ANSWER.pack(b"sbnA", self._nonces[other]))
 
@@ -260,7 +260,7 @@ def this_host() -> Host:
 
 
 @contextlib.contextmanager
-def _attempt() -> Iterator[None]:
+def attempt() -> Iterator[None]:
     """Leave the block where a system call fails: a pair that cannot be connected goes without."""
     try:
         yield
@@ -319,4 +319,4 @@ def is_of_kernel(error: BaseException) -> bool:
     last = error.__traceback__
     while last.tb_next is not None:
         last = last.tb_next
-    return last.tb_frame.f_globals.get("__name__") in (__name__, "syncbn.comm.sockets", "socket")
+    return last.tb_frame.f_globals.get("__name__") in (__name__, "syncbn.comm.sockets", "syncbn.comm.board", "socket")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from syncbn import _torch, wire
+from syncbn.comm import farewell
 from syncbn.comm.base import Link
 from syncbn.comm.carrier import Carrier
 from syncbn.comm.frames import Frames
@@ -47,29 +48,37 @@ class OneHop(Link):
         payload = message.payload
         width = payload.numel()
         self._check_alive(call, width)
-        self.broke_off = False
-        own, shared = self._prepared(min(width, FRAME))
-        if message is not own:
-            own.payload.copy_(payload[:FRAME])
-        mine = wire.encode(call, width, self.exchanges)
-        self._frames.views[self.rank][:HEADER_BYTES] = mine
-        self._swap(self._frames, len(own.whole), call, width)
-        if self._checks != "off" or width > FRAME:  # a rest of another length would abort the process
-            self._compare(mine)
-        else:
-            self._hear_refusals()
-        if width > FRAME:
-            shared = self._swap_rest(shared, payload, call)
-        self.exchanges += 1
+        try:
+            self.broke_off = False
+            own, shared = self._prepared(min(width, FRAME))
+            if message is not own:
+                own.payload.copy_(payload[:FRAME])
+            mine = wire.encode(call, width, self.exchanges)
+            self._frames.views[self.rank][:HEADER_BYTES] = mine
+            self._swap(self._frames, len(own.whole), call, width)
+            if self._checks != "off" or width > FRAME:  # a rest of another length would abort the process
+                self._compare(mine)
+            else:
+                self._hear_refusals()
+            if width > FRAME:
+                shared = self._swap_rest(shared, payload, call)
+            self.exchanges += 1
+        except BaseException as error:
+            self._leave(error, call, width)
+            raise
         return shared
 
     def refuse(self, call: Call, reason: str, width: int) -> None:
         self._check_alive(call, width)
         frame = wire.refusal(call, reason, self.exchanges)
         self._frames.views[self.rank][: len(frame)] = frame
-        self._swap(self._frames, len(frame) // 8, call, width)
-        self.exchanges += 1
-        self.broke_off = True
+        try:
+            self._swap(self._frames, len(frame) // 8, call, width)
+            self.exchanges += 1
+            self.broke_off = True
+        except BaseException as error:
+            self._leave(error, call, width)
+            raise
 
     def gather(self, payload: Tensor, call: Call) -> list[Tensor]:
         message = self.message(payload.numel(), call)
@@ -82,14 +91,16 @@ class OneHop(Link):
         return "rank " + ", ".join(self._name_rank(rank) for rank in broken)
 
     def _swap(self, frames: Frames, length: int, call: Call, width: int) -> None:
-        try:
-            lost = self._carrier.swap(frames, length, self.exchanges)
-        except BaseException as error:
-            self._interrupted(error, call, width)
-            self._carrier.close(f"{type(error).__name__} interrupted its exchange")
-            raise
+        lost = self._carrier.swap(frames, length)
         if lost is not None:
             self._lost(lost.reason, call, width, lost.waited, lost.missing)
+
+    def _leave(self, error: BaseException, call: Call, width: int) -> None:
+        """An exception came out of an exchange. Unless it is one of ours, the peers cannot know how far it got."""
+        if isinstance(error, RankMismatchError) or self._dead is not None:
+            return
+        self._interrupted(error, call, width)
+        self._carrier.close(f"it was interrupted by {farewell.describe(error)}")
 
     def _swap_rest(self, heads: Shared, payload: Tensor, call: Call) -> Shared:
         rest = payload[FRAME:]

@@ -1,35 +1,91 @@
-"""After a lost exchange: which ranks are left, told through the group's store."""
+"""After a lost exchange: who is to blame, from what the ranks that are left tell each other through the group's store.
+
+A rank that loses an exchange leaves a note there: the ranks that are gone for sure, those whose connection broke, and
+those that did not come. Who left a note is not to blame: it hung up, or did not come, because it lost somebody itself,
+in this exchange or the one before.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-_SECONDS = 0.5  # that a rank waits, after a failure, to hear which others are left
+SECONDS = 0.5
+"""How long a rank takes at most, after a failure, to find out whose fault it is."""
 
 
-def silent_ranks(group: Any, number: int, among: Sequence[int]) -> list[int]:
-    """Those ``among`` the ranks that do not say that they failed in the same exchange as this rank, which says so here.
+PATIENCE = 0.4
+"""How long it waits for notes that may be written yet."""
 
-    Best effort, within ``_SECONDS``, in a thread of its own: the store may have died with a rank.
+_NOTE = 0.15
+"""Seconds that the note of a rank may take, after the connection to it broke."""
+
+
+class Note(NamedTuple):
+    """What a rank knows of the ranks that it misses.
+
+    Attributes:
+        gone: ranks that are not there any more, for sure.
+        broken: ranks to which the connection broke: they are gone, or lost somebody and hung up.
+        absent: ranks that have not come, over connections that are whole.
     """
-    silent: list[int] = []
+
+    gone: Sequence[int] = ()
+    broken: Sequence[int] = ()
+    absent: Sequence[int] = ()
+
+
+def culprits(group: Any, mine: Note, patience: float = PATIENCE) -> list[int]:
+    """The ranks to blame for the end of an exchange, as far as can be known; leaves this rank's note.
+
+    Args:
+        group: of the exchange.
+        mine: what this rank knows.
+        patience: seconds to wait for the notes of those whose fault it may not be.
+
+    Best effort, within ``SECONDS``, in a thread of its own: the store may have died with a rank. Then, and where no
+    notes tell more, those of whom this rank knows itself.
+    """
+    found: list[list[int]] = []
 
     def ask() -> None:
         with contextlib.suppress(Exception):
             store = group.get_group_store()
-            store.set(f"syncbn/failed/{number}/{group.rank()}", "1")
-            deadline = time.monotonic() + 0.8 * _SECONDS
-            missing = list(among)
-            while missing and time.monotonic() < deadline:
-                time.sleep(0.02)
-                missing = [r for r in missing if not store.check([f"syncbn/failed/{number}/{r}"])]
-            silent.extend(missing)
+            store.set(_key(group.rank()), json.dumps(mine))
+            found.append(_read(store, group.rank(), mine, patience))
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(_SECONDS)
-    return list(silent)
+    asking.join(SECONDS)
+    return found[0] if found else list(mine.gone or mine.broken or mine.absent)
+
+
+def _read(store: Any, me: int, mine: Note, patience: float) -> list[int]:
+    """Whom this rank's note and those of the ranks that it misses make responsible."""
+    if mine.gone:
+        return list(mine.gone)
+    notes: dict[int, Note] = {}
+    started = time.monotonic()
+    while True:
+        for rank in {*mine.broken, *mine.absent} - set(notes):
+            if store.check([_key(rank)]):
+                notes[rank] = Note(*json.loads(store.get(_key(rank))))
+        here = {me, *notes}
+        told = sorted({rank for note in notes.values() for rank in note.gone} - here)
+        silent = [rank for rank in mine.broken if rank not in notes]
+        if told or (silent and time.monotonic() > started + _NOTE):
+            return told or silent
+        if time.monotonic() > started + patience:
+            break
+        time.sleep(0.02)
+    silent = [rank for rank in mine.absent if rank not in notes]
+    told = sorted({rank for note in notes.values() for rank in (*note.broken, *note.absent)} - here)
+    return silent or told
+
+
+def _key(rank: int) -> str:
+    return f"syncbn/lost/{rank}"

@@ -35,6 +35,8 @@ from syncbn.comm.handshake import BUFFER, PATIENCE, Connection, Tell, connect_pa
 LOOKS = 48
 """How often a reader looks before it sleeps: as long as one or two wake-ups of a core take, some 50 microseconds."""
 
+LATE = "it did not come in time"
+
 GRACE = PATIENCE / 2
 """Seconds until a peer that closed without a word, after its frame was read, is lost to that exchange."""
 
@@ -46,7 +48,6 @@ _LONGEST = 3600.0  # seconds: poll() takes no infinity
 _KILLED = "its process ended without a word: it was killed, or it crashed"
 _FORKED = "this is a forked child, which cannot use its parent's connections; make a process group of its own"
 _UNFINISHED = "it left an exchange unfinished"
-_LATE = "it did not come in time"
 
 
 class PeersLost(Exception):
@@ -55,12 +56,14 @@ class PeersLost(Exception):
     Attributes:
         ranks: the ranks of the group that are to blame, and why. This rank may be among them.
         timed_out: whether they came too late, for this rank or for the one that told it.
+        expired: whether for this rank. They may have lost others themselves, and not have said so yet.
     """
 
-    def __init__(self, ranks: Mapping[int, str], timed_out: bool) -> None:
+    def __init__(self, ranks: Mapping[int, str], timed_out: bool = False, expired: bool = False) -> None:
         super().__init__("; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(ranks.items())))
         self.ranks = dict(ranks)
         self.timed_out = timed_out
+        self.expired = expired
 
 
 class Sockets:
@@ -69,12 +72,19 @@ class Sockets:
     Each exchange is one ``send`` and one ``receive``. An exception out of either, of any kind, closes all connections,
     and the peers know; later calls raise ``PeersLost`` with the same ranks.
 
+    Args:
+        rank: of the group.
+        connections: by rank.
+        alone: whether the group has no other ranks. Else who comes too late may wait for one of these: it is left to
+            the caller to find out, and to ``give_up``.
+
     Attributes:
         peers: the ranks of the group at the other ends, in order. Both ends agree on it.
     """
 
-    def __init__(self, rank: int, connections: Mapping[int, Connection]) -> None:
+    def __init__(self, rank: int, connections: Mapping[int, Connection], alone: bool = True) -> None:
         self.peers = tuple(sorted(connections))
+        self._alone = alone
         self._rank = rank
         self._ends = [connections[peer] for peer in self.peers]
         self._sends = [end.socket.send for end in self._ends]
@@ -193,10 +203,14 @@ class Sockets:
             if done < count or self._sent < count:
                 rest = _Rest(self.peers, self._ends, frame, buffers or (), self._exchanges)
                 rest.run(self._sent, done, other, deadline)
+                if rest.lost and rest.expired and not self._alone:
+                    raise PeersLost(rest.lost, True, expired=True)
                 if rest.lost:
                     self.give_up(rest.lost, rest.timed_out)
                     self._refuse()
                 lengths += [rest.lengths[place] for place in range(done, count)]
+        except PeersLost:
+            raise
         except BaseException as error:
             self._interrupt(error)
             raise
@@ -275,6 +289,7 @@ class _Rest:
     Attributes:
         lost: ranks that are to blame for the end of the exchange, and why.
         timed_out: whether they came too late.
+        expired: whether they are just those who have not come by the deadline.
         lengths: bytes of the frames that were read here.
     """
 
@@ -287,7 +302,7 @@ class _Rest:
         exchanges: int,
     ) -> None:
         self.lost: dict[int, str] = {}
-        self.timed_out = False
+        self.timed_out = self.expired = False
         self.lengths: dict[int, int] = {}
         self._peers, self._ends, self._frame, self._buffers = peers, ends, frame, buffers
         self._exchanges = exchanges
@@ -313,12 +328,14 @@ class _Rest:
         for place in range(count):
             self._watch(place)
         while (self._unsent or self._unread) and not self.lost:
-            wait = min([deadline, *self._silent.values()]) - time.monotonic()
+            # Of several, some may wait for another in the exchange before. Their time is over, too: they will say so.
+            end = deadline + (GRACE if len(self._unsent | self._unread) > 1 else 0.0)
+            wait = min([end, *self._silent.values()]) - time.monotonic()
             ready = self._poll.poll(min(max(0.0, wait), _LONGEST) * 1000)
             for number, events in ready:
                 self._serve(places[number], events)
             if not ready:
-                self._expire(deadline)
+                self._expire(end)
 
     def _watch(self, place: int) -> None:
         """A peer that has done its part is watched for its end only; one of whose end it is known, no more."""
@@ -426,9 +443,9 @@ class _Rest:
             if now >= end:
                 self._lose(place, _KILLED)
         if now >= deadline and not self.lost:
-            self.timed_out = True
+            self.timed_out = self.expired = True
             for place in self._unsent | self._unread:
-                self._lose(place, _LATE)
+                self._lose(place, LATE)
 
 
 def _say(end: socket.socket, last: bytes) -> None:

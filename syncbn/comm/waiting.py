@@ -37,6 +37,21 @@ def interruptible(wait: Callable[[], None]) -> None:
         raise error
 
 
+def is_of_backend(error: BaseException, backend: Any) -> bool:
+    """Whether a call of a backend failed, and not the handler of a signal that came meanwhile.
+
+    Handlers raise what they like, a RuntimeError for instance. The innermost frame tells them apart: a backend in C++
+    has none of its own, and one in Python has those of its package.
+    """
+    if not isinstance(error, RuntimeError) or error.__traceback__ is None:
+        return False
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    package = str(last.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    return package in ("syncbn", "torch", type(backend).__module__.partition(".")[0])
+
+
 def bury(*objects: Any) -> None:
     """Never free these, not even when the program ends: buffers that a lost peer may still write to, and backends in
     which a thread may still wait.

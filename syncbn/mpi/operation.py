@@ -56,6 +56,10 @@ class Started(NamedTuple):
     finish: Callable[[], None] | None = None
 
 
+class _Unusable(Exception):
+    """What has arrived cannot be used."""
+
+
 class Operation:
     """One or several MPI requests that are waited for together.
 
@@ -92,8 +96,8 @@ class Operation:
                 return False
             self.source = status.Get_source()
             if status.Get_count(MPI.BYTE) != nbytes:
-                raise RuntimeError(
-                    f"{self._name}: rank {self.source} sent {status.Get_count(MPI.BYTE)} bytes, and {nbytes} are "
+                raise _Unusable(
+                    f"rank {self.source} sent {status.Get_count(MPI.BYTE)} bytes, and {nbytes} are "
                     "expected here. The tensors of a send and its receive must have equal size and dtype."
                 )
             return True
@@ -110,8 +114,8 @@ class Operation:
         except MPI.Exception as error:
             _graveyard.append(self._keep)
             self._end(self._group.bury(f"{self._name} failed, MPI reports: {error}"))
-        except Exception as error:
-            self._end(error if isinstance(error, RuntimeError) else RuntimeError(f"{self._name}: {error}"))
+        except _Unusable as error:
+            self._end(RuntimeError(f"{self._name}: {error}"))
         finally:
             self._lock.release()
         return self.done
@@ -121,12 +125,19 @@ class Operation:
 
         Args:
             timeout: seconds from now; None for the deadline that the operation began with.
+
+        An exception that a signal's handler raises meanwhile leaves the group dead: who caught it cannot know whether
+        the other ranks saw this one take part. They hear of it when this process ends.
         """
-        for _ in range(_SPINS):
-            if self.poll():
-                break
-        else:
-            self._wait_long(timeout)
+        try:
+            for _ in range(_SPINS):
+                if self.poll():
+                    break
+            else:
+                self._wait_long(timeout)
+        except BaseException as error:
+            self._group.bury(f"{self._name} was interrupted by {type(error).__name__}")
+            raise
         if self.error is not None:
             raise self.error
 
@@ -159,8 +170,11 @@ class Operation:
     def _finish(self) -> None:
         for part in self._keep:
             if part.finish is not None:
-                with torch.inference_mode():  # a caller's inference tensors may be written to from any thread
-                    part.finish()
+                try:
+                    with torch.inference_mode():  # a caller's inference tensors may be written to from any thread
+                        part.finish()
+                except RuntimeError as error:
+                    raise _Unusable(str(error)) from error
         self._end()
 
     def _end(self, error: RuntimeError | None = None) -> None:

@@ -22,10 +22,11 @@ from syncbn.wire import Call
 WAYS: dict[str, dict[str, Any]] = {
     "sockets": {},
     "one hop": {},
+    "mixed": {},
     "two levels": {"ONE_HOP_LIMIT": 2},
     "all-reduce": {"LEVELS_LIMIT": 0},
 }
-SEE_EACH_RANK = ("sockets", "one hop", "two levels")  # an error names the other ranks and their reasons
+SEE_EACH_RANK = ("sockets", "one hop", "mixed", "two levels")  # an error names the other ranks and their reasons
 ALONE = "alone"  # no message at all: no group, or one of a single rank
 
 
@@ -57,6 +58,11 @@ def pretended_host() -> Host:
     return f"host {int(threading.current_thread().name.removeprefix('rank ')) % 2}".encode(), 0, 0
 
 
+def host_of_two() -> Host:
+    """Ranks 0 and 1 on one host, 2 and 3 on another."""
+    return f"host {int(threading.current_thread().name.removeprefix('rank ')) // 2}".encode(), 0, 0
+
+
 @contextlib.contextmanager
 def travel(way: str) -> Iterator[None]:
     """Within it, the messages of groups over gloo that are new travel this way; "late": checked as on a device."""
@@ -65,6 +71,8 @@ def travel(way: str) -> Iterator[None]:
         patch.setenv(SWITCH, "off" if way == "one hop" else "on")
         if way == "two levels":
             patch.setattr(handshake, "this_host", pretended_host)
+        if way == "mixed":
+            patch.setattr(handshake, "this_host", host_of_two)
         for name, value in _SETTINGS[way].items():
             patch.setattr(comm, name, value)
         yield

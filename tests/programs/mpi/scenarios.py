@@ -18,6 +18,7 @@ if sys.argv[1] == "thread_level":
 import torch.distributed as dist
 from mpi4py import MPI
 
+import syncbn
 import syncbn.mpi
 
 LATE = 60.0  # seconds that the late rank sleeps: more than the whole test may take
@@ -112,6 +113,48 @@ def other_size() -> None:
         time.sleep(LATE)
     expect("MPI reports", dist.broadcast, torch.ones(3), 0)
     expect("cannot be used any more", dist.barrier)
+    print("survived", flush=True)
+
+
+def interrupted() -> None:
+    """A handler raises in the middle of an exchange: the rank's own exception, a dead group, and its exit ends all."""
+    start()
+
+    def handler(*_: Any) -> None:
+        raise RuntimeError("ring")
+
+    layer = syncbn.SyncBatchNorm(3)
+    layer(x := torch.randn(4, 3))
+    if rank == 1:
+        time.sleep(LATE)
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    expect("ring", layer, x)
+    expect("RuntimeError interrupted it in forward of a layer", layer, x)
+    expect("interrupted by RuntimeError", dist.barrier)
+    print("survived", flush=True)
+
+
+def interrupted_often() -> None:
+    """Alarms at all moments: each ends its exchange with the handler's own exception, and nothing else."""
+    start()
+    groups = [dist.new_group() for _ in range(30)]
+
+    def handler(*_: Any) -> None:
+        raise TimeoutError("ring")
+
+    signal.signal(signal.SIGALRM, handler)
+    for number, group in enumerate(groups):
+        layer = syncbn.SyncBatchNorm(3, process_group=group)
+        try:
+            layer(torch.randn(4, 3))
+            if rank == 1:
+                time.sleep(0.1)
+            else:
+                signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.001 * number)
+            layer(torch.randn(4, 3))
+        except TimeoutError:
+            assert rank == 0
     print("survived", flush=True)
 
 
