@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from syncbn.dry_run import check_is_module
 from syncbn.memory import Memory, Running
 from syncbn.modules import SyncBatchNorm, running_statistics
 from syncbn.moments import Moments
@@ -60,6 +61,7 @@ def step_statistics(model: nn.Module) -> Iterator[None]:
     >>> layer.running_mean.item(), layer.num_batches_tracked.item()
     (4.0, 1)
     """
+    check_is_module(model)
     sums: list[tuple[SyncBatchNorm, _Sums]] = []
     try:
         for name, layer in model.named_modules():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from syncbn import _torch
 
@@ -87,6 +87,18 @@ def check_is_module(model: Any) -> None:
     """Raise TypeError unless ``model`` is one module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}: {model!r:.100}")
+
+
+def check_is_iterable(batches: Any) -> None:
+    """Raise TypeError unless ``batches`` can be batches, one after the other."""
+    if isinstance(batches, str | os.PathLike):
+        raise TypeError(f"batches must be an iterable of batches, got {batches!r:.80}; load the file first")
+    if isinstance(batches, Tensor):
+        shape = tuple(batches.shape)
+        raise TypeError(f"batches must be an iterable of batches, got one tensor of shape {shape}; put it into a list")
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        what = f"a {type(batches).__name__}: {batches!r:.80}{'; call it first' if callable(batches) else ''}"
+        raise TypeError(f"batches must be an iterable of batches, got {what}")
 
 
 def first_batches(batches: Iterable[Any], number: int | None) -> Iterator[Any]:

@@ -104,9 +104,11 @@ def _group_of_mesh(process_group: Any) -> dist.ProcessGroup:
     if isinstance(process_group, tuple) and len(process_group) == 2:
         mesh, dim = process_group
     if not isinstance(mesh, DeviceMesh):
+        pair = isinstance(process_group, tuple) and any(isinstance(one, dist.ProcessGroup) for one in process_group)
         raise TypeError(
             "process_group must be None, a ProcessGroup, a DeviceMesh of one dimension, (DeviceMesh, dim) or an "
             f"mpi4py.MPI.Comm, got {type(process_group).__name__}: {process_group!r}"
+            + (". (dist.new_subgroups returns this rank's group and the list of all: take the first)" if pair else "")
         )
     names = mesh.mesh_dim_names or ()
     if dim is None and mesh.ndim != 1:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import sys
 import warnings
 import zlib
@@ -33,7 +32,7 @@ from syncbn import kernels, moments, uneven
 from syncbn._torch import BatchNormBase, is_lazy
 from syncbn.comm import Link, link_of
 from syncbn.convert import layer_name
-from syncbn.dry_run import check_is_module, dry_run, first_batches, run_on_batch
+from syncbn.dry_run import check_is_iterable, check_is_module, dry_run, first_batches, run_on_batch
 from syncbn.groups import group_device, resolve_group
 from syncbn.local import LocalBatchNorm
 from syncbn.memory import Memory, Running
@@ -108,8 +107,7 @@ def update_population_stats(
     call = _call(layers)
     with telling(link, call, 2, "update_population_stats"):
         _check(model, layers, num_batches)
-        if isinstance(batches, str | os.PathLike):
-            raise TypeError(f"batches must be an iterable of batches, got {batches!r:.80}; load the file first")
+        check_is_iterable(batches)
         link.sum(torch.ones(2, dtype=torch.float64, device=where), call)
         link.settle()
         steps = uneven.joined(first_batches(batches, num_batches), process_group=group, device=where, count=lambda _: 1)

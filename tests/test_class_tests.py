@@ -71,6 +71,9 @@ def test_under_a_parametrization_too(parametrized: bool) -> None:
         nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
     convert_sync_batchnorm(layer)
     assert isinstance(layer, nn.BatchNorm2d) and isinstance(layer, SyncBatchNorm)
+    if parametrized:
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is type(convert_sync_batchnorm(nn.BatchNorm2d(C)))
 
 
 def built() -> nn.Module:

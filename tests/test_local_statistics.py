@@ -384,7 +384,18 @@ def test_what_is_synchronized_already_is_found() -> None:
 
 
 @pytest.mark.parametrize("wrong", [[nn.BatchNorm1d(C)], None, nn.BatchNorm1d, {"bn": nn.BatchNorm1d(C)}], ids=repr)
-@pytest.mark.parametrize("function", [convert_sync_batchnorm, revert_sync_batchnorm, syncbn.check_ranks_agree])
+@pytest.mark.parametrize(
+    "function",
+    [
+        convert_sync_batchnorm,
+        revert_sync_batchnorm,
+        syncbn.check_ranks_agree,
+        lambda wrong: syncbn.accumulation.step_statistics(wrong).__enter__(),
+        lambda wrong: syncbn.update_population_stats(wrong, []),
+        lambda wrong: syncbn.diagnostics.measure_noise(wrong, []),
+    ],
+    ids=["convert", "revert", "agree", "accumulate", "population", "noise"],
+)
 def test_what_is_no_model(function: Any, wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got a"):
         function(wrong)

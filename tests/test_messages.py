@@ -88,17 +88,20 @@ def test_gradients_that_differ_have_advice_of_their_own(kind: str) -> None:
         assert "check_ranks_agree" not in text
 
 
-def long_names(rank: int, group: Any) -> str:
+def long_names(rank: int, group: Any, head: int) -> str:
     layer = SyncBatchNorm(4, process_group=group)
-    layer.layer_name = f"head{rank}." + "block." * 40 + "bn"  # type: ignore[assignment]
+    layer.layer_name = "block." * head + f"{rank}." + "block." * 40 + "bn"  # type: ignore[assignment]
     with pytest.raises(RankMismatchError) as caught:
         layer(torch.randn(4, 4))
     return str(caught.value)
 
 
-def test_long_names_that_differ_at_their_head() -> None:
-    for text in run_ranks(2, long_names):
-        assert "; rank 1: " in text
+@pytest.mark.parametrize("head", [0, 40], ids=["head", "middle"])
+def test_long_names_that_differ_in_front_of_their_tail(head: int) -> None:
+    for text in run_ranks(2, long_names, head):
+        first, second = text.partition("rank 0: ")[2].split("; rank 1: ")
+        named = [side.partition("layer ")[2].partition("]")[0] for side in (first, second)]
+        assert all("block.bn [" in name for name in named) and named[0] != named[1]
 
 
 # ---- wrong arguments
@@ -108,6 +111,14 @@ def test_long_names_that_differ_at_their_head() -> None:
 def test_a_wrong_group(wrong: Any) -> None:
     with pytest.raises(TypeError, match=f"process_group must be None, a ProcessGroup.*got {type(wrong).__name__}"):
         convert_sync_batchnorm(nn.BatchNorm1d(3), wrong)
+
+
+def test_what_new_subgroups_returns_is_not_one_group() -> None:
+    def body(rank: int, group: Any) -> None:
+        with pytest.raises(TypeError, match=r"new_subgroups returns .* take the first"):
+            convert_sync_batchnorm(nn.BatchNorm1d(3), (group, [group]))
+
+    run_ranks(2, body)
 
 
 def test_a_group_without_torch_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +151,11 @@ def test_population_statistics_of_what_is_no_data(tmp_path: Path) -> None:
         update_population_stats(model, tmp_path)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"a batch is a str, 'one\.pt': if that names a file, load it"):
         update_population_stats(model, ["one.pt", "two.pt"])
+    for wrong in (None, 5, lambda: [torch.randn(4, 1)], torch.randn(4, 1)):
+        with pytest.raises(TypeError, match=r"must be an iterable of batches, got (a|one) "):
+            update_population_stats(model, wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"must be an iterable of batches, got (a|one) "):
+            syncbn.diagnostics.measure_noise(model, wrong)  # type: ignore[arg-type]
     used = iter([torch.randn(4, 1)])
     update_population_stats(model, used)
     with pytest.raises(ValueError, match="is an iterator used up"):

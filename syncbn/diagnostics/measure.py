@@ -14,7 +14,7 @@ from syncbn.diagnostics.gathered import checked_sizes, report_of, same_layers
 from syncbn.diagnostics.recorder import Recorder, batch_norm_layers
 from syncbn.diagnostics.report import MIN_GROUPS, THRESHOLD, NoiseReport
 from syncbn.diagnostics.timing import time_exchanges
-from syncbn.dry_run import check_is_module, dry_run, first_batches, run_on_batch
+from syncbn.dry_run import check_is_iterable, check_is_module, dry_run, first_batches, run_on_batch
 from syncbn.errors import RankMismatchError
 from syncbn.groups import group_device, resolve_group
 from syncbn.rounds import rounds
@@ -84,6 +84,7 @@ def measure_noise(
     with telling(link, call, 1, "measure_noise"):
         sizes = checked_sizes(group_sizes)
         recorder = Recorder(_layers(model))
+        check_is_iterable(batches)
         counted = ((batch, 1) for batch in first_batches(batches, num_batches))
         with dry_run(model):
             for each in rounds(counted, link, where, call, "its batches"):
