@@ -48,6 +48,38 @@ def test_a_wrapper_of_sparse_tensors() -> None:
     close(torch.cat(found), whole.detach(), 1e-12, 1e-12, "features")
 
 
+def test_spconv() -> None:
+    """The real thing: features of points behind a convolution of theirs, whose backward asks for CUDA."""
+    spconv = pytest.importorskip("spconv.pytorch", reason="spconv is not installed", exc_type=ImportError)
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        conv = spconv.SubMConv3d(C, C, 3, bias=False, algo=spconv.ConvAlgo.Native).requires_grad_(False)
+        net: nn.Module = spconv.SparseSequential(conv, nn.BatchNorm1d(C), nn.ReLU())
+        return net
+
+    def tensor(rank: int) -> Any:
+        places = torch.tensor([[0, i, i, (i + rank) % 8] for i in range(5 - 3 * rank)], dtype=torch.int32)
+        features = torch.randn(len(places), C, generator=torch.Generator().manual_seed(rank))
+        return spconv.SparseConvTensor(features, places, [8, 8, 8], 1)
+
+    def body(rank: int, group: Any) -> tuple[Tensor, Tensor]:
+        net: Any = convert_sync_batchnorm(network(), group)
+        out = net(tensor(rank)).features
+        out.sum().backward()
+        return out.detach(), net[1].weight.grad
+
+    with torch.no_grad():
+        before: Any = network()[0]  # type: ignore[index]
+        features = [before(tensor(rank)).features for rank in range(2)]
+    norm = nn.BatchNorm1d(C)
+    whole = norm(torch.cat(features)).relu()
+    whole.sum().backward()
+    found = run_ranks(2, body)
+    close(torch.cat([out for out, _ in found]), whole.detach(), 1e-5, 1e-5, "features")
+    close(found[0][1] + found[1][1], norm.weight.grad, 1e-4, 1e-4, "dweight")  # type: ignore[arg-type]
+
+
 def test_a_registry_of_names() -> None:
     norms: dict[str, Callable[[int], nn.Module]] = {"": nn.Identity, "BN": nn.BatchNorm2d, "SyncBN": SyncBatchNorm}  # type: ignore[dict-item]
     layer = norms["SyncBN"](C)
