@@ -20,6 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -287,6 +288,11 @@ class Trap:
         self._end()
 
 
+def warm_up() -> None:
+    """Import what the first backward of a process imports, which takes seconds."""
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401
+
+
 def throw(name: str) -> None:
     raise RAISED[name]("planned")
 
@@ -377,6 +383,7 @@ def check_alike(call: Call, results: Sequence[list[Tensor]]) -> None:
 
 def play(plan: Scenario) -> list[Outcome]:
     """Run a scenario, and check it."""
+    warm_up()
     together, done = threading.Barrier(plan.world), threading.Event()
     left = [plan.world]
 
@@ -477,8 +484,7 @@ def check_processes(plan: Scenario, codes: Sequence[int], folder: Path) -> float
 
 def nursery() -> None:
     """Fork the ranks of one scenario after the other: each line of the input is a seed, the ways, and a folder."""
-    import torch.fx.experimental.symbolic_shapes  # noqa: F401 - which takes seconds in the first backward of a rank
-
+    warm_up()
     for line in sys.stdin:
         seed, ways, folder = json.loads(line)
         plan = scenario(seed, processes=True, ways=ways)
@@ -500,12 +506,11 @@ def over_mpi(seeds: Sequence[int]) -> None:
     """One scenario after the other, each on a group of its own, interrupted and never ended."""
     import syncbn.mpi  # noqa: F401
 
+    warm_up()
     torch.set_num_threads(1)
     dist.init_process_group("mpi4py", init_method="mpi://")
     rank, world = dist.get_rank(), dist.get_world_size()
-    import datetime
-
-    groups = [dist.new_group(timeout=datetime.timedelta(seconds=0.5)) for _ in seeds]
+    groups = [dist.new_group(timeout=timedelta(seconds=0.5)) for _ in seeds]
     store: Any = dist.distributed_c10d._get_default_store()
     for seed, group in zip(seeds, groups, strict=True):
         plan = scenario(seed, ways=["all-reduce"])
