@@ -302,10 +302,11 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int]
     ways = list(WAYS)
     with running(*command, env=environment(), stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "ready\n"  # busy machines take long to import
 
         def run(seed: int) -> None:
             folder = tmp_path_factory.mktemp("ranks")
-            watch = threading.Timer(100.0, os.killpg, (process.pid, signal.SIGKILL))
+            watch = threading.Timer(60.0, os.killpg, (process.pid, signal.SIGKILL))
             watch.start()
             process.stdin.write(json.dumps([seed, ways, str(folder)]) + "\n")
             process.stdin.flush()
@@ -338,8 +339,8 @@ def test_fuzz_ends_of_processes_at_length(nursery: Callable[[int], None], part: 
 @needs_mpiexec
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_fuzz_interrupts_over_mpi(ranks: int) -> None:
-    done = mpiexec(ranks, "ends.py", "mpi", "0", "8")
-    assert done.returncode == 0 and done.stdout.count("8 scenarios") == ranks, done.stdout
+    done = mpiexec(ranks, "ends.py", "mpi", "0", "5")
+    assert done.returncode == 0 and done.stdout.count("5 scenarios") == ranks, done.stdout
 
 
 @pytest.mark.slow
