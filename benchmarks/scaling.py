@@ -14,8 +14,9 @@ sends, bytes that a rank sends, time; of the busiest rank where they differ. Pat
 * ``syncbn one hop``: every rank sends to every other, forward and backward: 1 hop, W - 1 messages each. Measured on one
   host with sockets switched off, and on two with sockets within each.
 * ``sockets: syncbn one hop``: the same over Unix sockets, up to 64 ranks of one host.
-* ``syncbn two levels``: to a leader on each host by socket, among leaders over gloo, and back: 3 hops each. The model
-  has ``RANKS_PER_HOST`` ranks on a host; its row is that of a leader.
+* ``syncbn two levels``: to a leader on each host by socket, among leaders over gloo, and back: 3 hops each. The last is
+  a word; what it stands for is read from memory that a leader shares with its ranks. The model has ``RANKS_PER_HOST``
+  ranks on a host; its row is that of a leader.
 
 The model: ``time = hops * HOP + messages * SEND + bytes / BANDWIDTH`` for each kind of network, with the constants
 stated below. Measured: wall time, processor time of a rank, and bytes through the network device of a namespace of the
@@ -77,6 +78,8 @@ TCP = Network(hop=120.0 - 55.0 + 25.0, send=55.0, bandwidth=1250.0)
 # Unix sockets. From the processor times that this program measured on 2 cores: 15 us a message with 64 ranks; 20 ms of
 # a leader for 34 MB to 63 ranks. The hop, which wakes a process, is assumed.
 SOCKET = Network(hop=10.0, send=15.0, bandwidth=1700.0)
+# A rank's copy of what its leader wrote, from memory that they share. Assumed.
+MEMORY = Network(hop=0.0, send=0.0, bandwidth=5000.0)
 # NCCL or MPI over 200 Gbit/s InfiniBand. All three assumed; nothing of it was measured.
 FABRIC = Network(hop=4.0, send=1.0, bandwidth=25_000.0)
 
@@ -119,11 +122,14 @@ def to_every_peer(world: int, size: int) -> Cost:
 
 
 def led(world: int, size: int) -> list[tuple[Cost, Network]]:
-    """What a leader does: frames come and go by socket, blocks of a host over gloo."""
+    """What a leader does: frames come by socket, and a word that all is there goes back; blocks of a host go over gloo;
+    and each rank copies all frames from the memory that it shares with its leader.
+    """
     mine = min(world, RANKS_PER_HOST)
     hosts = math.ceil(world / mine)
-    local = Cost(1, 2, mine - 1, (mine - 1) * world * size)
-    return [(local, SOCKET), (Cost(0, int(hosts > 1), hosts - 1, (hosts - 1) * mine * size), TCP)]
+    local = Cost(1, 2, mine - 1, (mine - 1) * 8)
+    among = Cost(0, int(hosts > 1), hosts - 1, (hosts - 1) * mine * size)
+    return [(local, SOCKET), (among, TCP), (Cost(0, 0, 0, world * size), MEMORY)]
 
 
 def both(forward: Cost, backward: Cost) -> Cost:

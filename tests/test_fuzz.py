@@ -1,16 +1,26 @@
-"""Random programs on all ranks, some of which differ on one of them: right numbers, or the expected error; no hang.
+"""Random programs on all ranks: right numbers, or the expected error; no hang.
 
-A program is a list of calls of a few layers. What must happen is worked out beforehand: each call is one or two
-exchanges, the ranks' lists of exchanges are laid side by side, and where they first differ every rank must raise.
+In the first part, programs differ on some ranks. A program is a list of calls of a few layers. What must happen is
+worked out beforehand: each call is one or two exchanges, the ranks' lists of exchanges are laid side by side, and where
+they first differ every rank must raise.
+
+In the second, a rank ends in the middle: see ``programs/ends.py``. All in all 10,000 scenarios at length.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,9 +30,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import syncbn
+from helpers.commands import environment, mpiexec, needs_mpi4py, needs_mpiexec, running
 from helpers.links import SEE_EACH_RANK, WAYS, travel
 from helpers.oracle import TOLERANCE, close, rows, unrows
 from helpers.ranks import outcomes
+from programs import ends
 from syncbn import wire
 from syncbn.wire import BACKWARD, BIAS_GRAD, FORWARD, INPUT_GRAD, WEIGHT_GRAD
 
@@ -257,7 +269,95 @@ def test_fuzz(scenario: Scenario) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=5000, deadline=None, database=None, suppress_health_check=QUIET)
+@settings(max_examples=2000, deadline=None, database=None, suppress_health_check=QUIET)
 @given(scenarios())
 def test_fuzz_at_length(scenario: Scenario) -> None:
     check(scenario)
+
+
+# ---- ranks that end in the middle
+
+PARTS = 20
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_fuzz_ends_of_threads(seed: int) -> None:
+    ends.play(ends.scenario(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_fuzz_ends_of_threads_at_length(part: int) -> None:
+    """6,500 scenarios."""
+    for seed in range(10_000 + part, 16_500, PARTS):
+        with _named(seed):
+            ends.play(ends.scenario(seed))
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], None]]:
+    """Runs the scenario of a seed with ranks that are processes."""
+    command = [sys.executable, "-c", "from programs.ends import nursery; nursery()"]
+    ways = list(WAYS)
+    with running(*command, env=environment(), stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "ready\n"  # busy machines take long to import
+
+        def run(seed: int) -> None:
+            folder = tmp_path_factory.mktemp("ranks")
+            watch = threading.Timer(60.0, os.killpg, (process.pid, signal.SIGKILL))
+            watch.start()
+            process.stdin.write(json.dumps([seed, ways, str(folder)]) + "\n")
+            process.stdin.flush()
+            codes = json.loads(process.stdout.readline() or '["a rank hung"]')
+            watch.cancel()
+            with _named(seed):
+                ends.check_processes(ends.scenario(seed, processes=True, ways=ways), codes, folder)
+
+        yield run
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("seed", range(12))
+def test_fuzz_ends_of_processes(nursery: Callable[[int], None], seed: int) -> None:
+    nursery(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_fuzz_ends_of_processes_at_length(nursery: Callable[[int], None], part: int) -> None:
+    """1,400 scenarios."""
+    for seed in range(10_000 + part, 11_400, PARTS):
+        nursery(seed)
+
+
+@pytest.mark.mpi
+@needs_mpi4py
+@needs_mpiexec
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_fuzz_interrupts_over_mpi(ranks: int) -> None:
+    done = mpiexec(ranks, "ends.py", "mpi", "0", "5")
+    assert done.returncode == 0 and done.stdout.count("5 scenarios") == ranks, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+@needs_mpi4py
+@needs_mpiexec
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_fuzz_interrupts_over_mpi_at_length(ranks: int) -> None:
+    """100 scenarios."""
+    done = mpiexec(ranks, "ends.py", "mpi", "100", "150", deadline=500.0)
+    assert done.returncode == 0 and done.stdout.count("50 scenarios") == ranks, done.stdout
+
+
+@contextlib.contextmanager
+def _named(seed: int) -> Iterator[None]:
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"seed {seed}: {error}") from error

@@ -875,6 +875,7 @@ kept: list[Rank] = []  # as groups are
 
 def nursery() -> None:
     """Fork the ranks of one scenario after the other, as the tests ask for on the standard input."""
+    print("ready", flush=True)
     for line in sys.stdin:
         name, size, args, folder = json.loads(line)
         children = []
@@ -901,6 +902,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdin is not None and process.stdout is not None
+    assert process.stdout.readline() == "ready\n"  # busy machines take long to import
 
     def run_scenario(scenario: Callable[..., Any], size: int, *args: Any, dies: int | None = None) -> Any:
         folder = tmp_path_factory.mktemp("ranks")

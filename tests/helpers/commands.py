@@ -37,7 +37,11 @@ def environment(**variables: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(
-    *command: str | Path, env: Mapping[str, str], cwd: Path = ROOT, stderr: int = subprocess.PIPE
+    *command: str | Path,
+    env: Mapping[str, str],
+    cwd: Path = ROOT,
+    stdin: int | None = None,
+    stderr: int = subprocess.PIPE,
 ) -> Iterator[subprocess.Popen[str]]:
     """A command in a session of its own; nothing of it outlives the block."""
     process = subprocess.Popen(
@@ -45,6 +49,7 @@ def running(
         cwd=cwd,
         env=env,
         text=True,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=stderr,
         start_new_session=True,
@@ -108,11 +113,11 @@ def launch(ranks: int, script: str | Path, *arguments: str | Path) -> Done:
     return run(sys.executable, *command, *arguments, env=environment(PYTHONWARNINGS="default"))
 
 
-def mpiexec(ranks: int, program: str, *arguments: str, **variables: str) -> Done:
+def mpiexec(ranks: int, program: str, *arguments: str, deadline: float = 60.0, **variables: str) -> Done:
     """Run one of the programs under mpiexec; what it prints and its errors are in ``stdout``."""
     script = [sys.executable, "-m", "mpi4py", PROGRAMS / program, *arguments]
     command = [str(MPIEXEC), *_mpi_options(), "-n", str(ranks), *script]
-    return run(*command, deadline=60.0, env=environment(**variables), stderr=subprocess.STDOUT)
+    return run(*command, deadline=deadline, env=environment(**variables), stderr=subprocess.STDOUT)
 
 
 def mpi_version() -> str:

@@ -14,12 +14,14 @@ import math
 import os
 import pickle
 import random
+import re
 import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -123,7 +125,7 @@ def scenario(seed: int, processes: bool = False, ways: Sequence[str] = tuple(WAY
         moment = -round(math.exp(draw.uniform(math.log(50), math.log(100_000))))
     fast = way == "sockets" and warm and end != "stop"
     return Scenario(
-        world, way, calls, draw.randrange(world), end, where, moment, warm, draw.random() < 0.5, 10.0 if fast else 1.0
+        world, way, calls, draw.randrange(world), end, where, moment, warm, draw.random() < 0.5, 10.0 if fast else 2.0
     )
 
 
@@ -287,6 +289,11 @@ class Trap:
         self._end()
 
 
+def warm_up() -> None:
+    """Import what the first backward of a process imports, which takes seconds."""
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401
+
+
 def throw(name: str) -> None:
     raise RAISED[name]("planned")
 
@@ -377,6 +384,7 @@ def check_alike(call: Call, results: Sequence[list[Tensor]]) -> None:
 
 def play(plan: Scenario) -> list[Outcome]:
     """Run a scenario, and check it."""
+    warm_up()
     together, done = threading.Barrier(plan.world), threading.Event()
     left = [plan.world]
 
@@ -476,9 +484,12 @@ def check_processes(plan: Scenario, codes: Sequence[int], folder: Path) -> float
 
 
 def nursery() -> None:
-    """Fork the ranks of one scenario after the other: each line of the input is a seed, the ways, and a folder."""
-    import torch.fx.experimental.symbolic_shapes  # noqa: F401 - which takes seconds in the first backward of a rank
+    """Fork the ranks of one scenario after the other: each line of the input is a seed, the ways, and a folder.
 
+    Prints a line when it is ready, and the exit codes after each scenario.
+    """
+    warm_up()
+    print("ready", flush=True)
     for line in sys.stdin:
         seed, ways, folder = json.loads(line)
         plan = scenario(seed, processes=True, ways=ways)
@@ -500,16 +511,15 @@ def over_mpi(seeds: Sequence[int]) -> None:
     """One scenario after the other, each on a group of its own, interrupted and never ended."""
     import syncbn.mpi  # noqa: F401
 
+    warm_up()
     torch.set_num_threads(1)
     dist.init_process_group("mpi4py", init_method="mpi://")
     rank, world = dist.get_rank(), dist.get_world_size()
-    import datetime
-
-    groups = [dist.new_group(timeout=datetime.timedelta(seconds=0.5)) for _ in seeds]
+    groups = [dist.new_group(timeout=timedelta(seconds=3.0)) for _ in seeds]
     store: Any = dist.distributed_c10d._get_default_store()
     for seed, group in zip(seeds, groups, strict=True):
         plan = scenario(seed, ways=["all-reduce"])
-        plan = plan._replace(world=world, rank=plan.rank % world, timeout=0.5)
+        plan = plan._replace(world=world, rank=plan.rank % world, timeout=3.0)
         plan = plan._replace(calls=[call._replace(rows=([*call.rows] * world)[:world]) for call in plan.calls])
 
         def meet(name: str = f"{seed}") -> None:
@@ -530,12 +540,13 @@ def over_mpi(seeds: Sequence[int]) -> None:
 
 
 def check_over_mpi(plan: Scenario, seen: list[Outcome]) -> None:
-    """As everywhere, but that MPI does not say who did not come."""
-    whole = [
-        one._replace(text=f"{one.text} Not arrived: rank {plan.rank}.") if "Not arrived" not in one.text else one
-        for one in seen
-    ]
-    check(plan, whole)
+    """As everywhere, but that a sum does not show who came: a rank that came later than others may be named as well."""
+
+    def named(text: str) -> str:
+        ranks = re.search(r"Not arrived: rank ([0-9, ]+)\.", text)
+        return f"Not arrived: rank {plan.rank}." if ranks is None or str(plan.rank) in ranks[1] else text
+
+    check(plan, [one._replace(text=f"{one.text} {named(one.text)}") for one in seen])
 
 
 if __name__ == "__main__":
