@@ -52,9 +52,9 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         running_mean <- (1 - momentum) * running_mean + momentum * mean
         running_var  <- (1 - momentum) * running_var  + momentum * var * n / (n - 1)
 
-    A drop-in for ``torch.nn.SyncBatchNorm`` on any device and backend: the keys and shapes of its ``state_dict`` are
-    those of ``torch.nn.BatchNorm*d``, both ways. Without a process group, or in one of one rank, it is
-    ``torch.nn.BatchNorm``. Running statistics are equal on all ranks of the group, bit for bit. It is a subclass of
+    A drop-in for ``torch.nn.SyncBatchNorm`` on any backend, and any device that has float64: the keys and shapes of its
+    ``state_dict`` are those of ``torch.nn.BatchNorm*d``, both ways. Without a process group, or in one of one rank, it
+    is ``torch.nn.BatchNorm``. Running statistics are equal on all ranks of the group, bit for bit. It is a subclass of
     ``torch.nn.SyncBatchNorm``, for code that asks for that, and DistributedDataParallel takes it on CPUs as well.
 
     N ranks train like one process with the whole batch. If ranks bring different numbers of samples, this needs the

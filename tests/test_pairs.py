@@ -31,7 +31,7 @@ def triples(offset: float) -> tuple[list[Tensor], Tensor]:
     return packed, x
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e37])
+@pytest.mark.parametrize("scale", [1e-25, 1e-10, 1.0, 1e10, 1e37])
 def test_a_pair_keeps_48_bits(scale: float) -> None:
     values = torch.randn(10_000).double() * scale
     assert ((joined(pair(values)) - values) / values).abs().max() <= 2.0**-48
