@@ -487,7 +487,11 @@ def _channels_of(input: Any, channels: int | None) -> int:
     """How wide the peers' messages are, as far as this rank can tell."""
     if channels is not None:
         return channels
-    return input.shape[1] if isinstance(input, Tensor) and input.layout is torch.strided and input.dim() > 1 else 0
+    return input.shape[1] if isinstance(input, Tensor) and _is_dense(input) and input.dim() > 1 else 0
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _error(
@@ -533,7 +537,7 @@ def _error_found(
 def _input_error(input: Any, channels: int | None, check: Callable[[Tensor], None] | None = None) -> Exception | None:
     if not isinstance(input, Tensor):
         return TypeError(f"expected a tensor of shape (N, C, *) as input, got {type(input).__name__}: {input!r:.80}")
-    if input.layout is not torch.strided or input.is_nested:
+    if not _is_dense(input):
         return TypeError(f"expected a dense tensor of shape (N, C, *) as input, got {_how_to_give_values(input)}")
     shape = input.shape
     if input.dtype not in DTYPES:
@@ -617,6 +621,11 @@ def _argument_error(input: Tensor, vectors: Vectors, residual: Any, activation: 
             return ValueError(f"{name} must have shape ({shape[0]},) for this input, got {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             return ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}; {name}.float() is one")
+    if residual is not None and not (_is_dense(residual) and residual.device == input.device):
+        kind = "nested" if residual.is_nested else str(residual.layout).removeprefix("torch.")
+        return TypeError(
+            f"residual must be dense and on {input.device} like the input, got {kind} on {residual.device}"
+        )
     if residual is not None and (residual.shape != input.shape or not residual.is_floating_point()):
         return ValueError(
             f"residual must be a floating point tensor of the input's shape {tuple(input.shape)}, "

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from syncbn import kernels, moments, uneven
+from syncbn import _torch, kernels, moments, uneven
 from syncbn._torch import BatchNormBase, is_lazy
 from syncbn.comm import Link, link_of
 from syncbn.convert import layer_name
@@ -108,7 +108,8 @@ def update_population_stats(
     with telling(link, call, 2, "update_population_stats"):
         _check(model, layers, num_batches)
         check_is_iterable(batches)
-        link.sum(torch.ones(2, dtype=torch.float64, device=where), call)
+        with _torch.outside_modes():
+            link.sum(torch.ones(2, dtype=torch.float64, device=where), call)
         link.settle()
         steps = uneven.joined(first_batches(batches, num_batches), process_group=group, device=where, count=lambda _: 1)
         observers = [_Observer(layer) for layer in layers.values()]
@@ -119,7 +120,8 @@ def update_population_stats(
                 with contextlib.nullcontext() if step.count else uneven.empty_views():
                     (forward or run_on_batch)(model, step.data)
                 taken += 1
-        used, merged = _merge(observers, link, call, where)
+        with _torch.outside_modes():
+            used, merged = _merge(observers, link, call, where)
     # From here on all is decided from numbers that all ranks share.
     if taken == 0 or (used and not any(part.n.item() for part in merged)):
         raise ValueError(

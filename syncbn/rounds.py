@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from syncbn import _torch
 from syncbn.comm import Link
 from syncbn.together import telling
 from syncbn.wire import Call
@@ -72,7 +73,8 @@ def share_numbers(numbers: list[int], link: Link, device: torch.device, call: Ca
     """The sum of a list of integers over all ranks, on the host."""
     if link.size == 1:  # no need to wait for a device
         return [int(number) for number in numbers]
-    total = link.sum(torch.tensor(numbers, dtype=torch.float64, device=device), call)
-    shared = [int(number) for number in total.tolist()]
+    with _torch.outside_modes():
+        total = link.sum(torch.tensor(numbers, dtype=torch.float64, device=device), call)
+        shared = [int(number) for number in total.tolist()]
     link.settle()
     return shared

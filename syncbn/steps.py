@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from syncbn import _torch
 from syncbn.comm import link_of
 from syncbn.errors import RankMismatchError
 from syncbn.groups import group_device, resolve_group
@@ -68,10 +69,12 @@ def vote(ok: bool, reason: str = "", *, process_group: Any = None, device: torch
     where = group_device(group, device)
     link = link_of(group, where)
     if not ok:
-        link.refuse(Call(VOTE), sendable(reason) or "it gave up this step", 1)
+        with _torch.outside_modes():
+            link.refuse(Call(VOTE), sendable(reason) or "it gave up this step", 1)
         return False
     try:
-        link.sum(torch.ones(1, dtype=torch.float64, device=where), Call(VOTE))
+        with _torch.outside_modes():
+            link.sum(torch.ones(1, dtype=torch.float64, device=where), Call(VOTE))
         link.settle()
     except RankMismatchError as error:
         if not error.refused_by:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import signal
 import threading
@@ -21,7 +22,7 @@ from helpers.oracle import close, step, whole_batch
 from helpers.ranks import run_ranks
 from programs.faults import Fault
 from syncbn import PeerLostError, RankMismatchError, SyncBatchNorm, wire
-from syncbn.comm import carrier, handshake, sockets, two_levels
+from syncbn.comm import board, carrier, handshake, sockets, two_levels
 from syncbn.wire import Call
 
 W = 5  # 0, 2 and 4 on one host, led by 0; 1 and 3 on the other, led by 1
@@ -185,6 +186,27 @@ def test_a_rank_without_a_connection_leads_itself(alone: int, monkeypatch: pytes
 
     peers = run_ranks(W, body)
     assert peers[alone] == () and not any(alone in others for others in peers)
+
+
+@pytest.mark.parametrize("name", ["_hand_out", "_take"])
+def test_a_host_without_memory_to_share_goes_without_a_leader(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On all its ranks alike; the other host keeps its own."""
+    real = getattr(board, name)
+
+    def fail(*args: Any) -> memoryview:
+        if threading.current_thread().name in ("rank 0", "rank 4"):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(*args)
+
+    monkeypatch.setattr(board, name, fail)
+    monkeypatch.setattr(handshake, "is_of_kernel", lambda error: isinstance(error, OSError))
+
+    def body(rank: int, group: Any) -> tuple[int, ...]:
+        for width in WIDTHS:
+            check_exchange(rank, group, width)
+        return peers_by_socket(group)
+
+    assert run_ranks(W, body) == [(), (3,), (), (1,), ()]
 
 
 def test_nothing_is_left_behind() -> None:

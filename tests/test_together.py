@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -149,3 +150,56 @@ def test_alone_nobody_is_told() -> None:
         raise error
     assert describe_error(error) == "OSError: disk on fire"
     assert syncbn.steps.vote(True)
+
+
+def not_dense(kind: str) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them prototypes
+        if kind == "nested":
+            return torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(3, 3)])
+        return torch.ones(4, 3).to_sparse() if kind == "sparse" else torch.ones(4, 3).to_sparse_csr()
+
+
+@pytest.mark.parametrize("kind", ["sparse", "csr", "nested"])
+@pytest.mark.parametrize("argument", ["input", "residual", "moments"])
+@pytest.mark.usefixtures("way")
+def test_tensors_that_are_not_dense(kind: str, argument: str) -> None:
+    """The rank's own error, its peer is told in the same call, and both go on."""
+    odd = not_dense(kind)
+
+    def body(rank: int, group: Any) -> torch.Tensor:
+        layer = syncbn.SyncBatchNorm(3, process_group=group)
+        x = torch.randn(4, 3)
+        with pytest.raises((TypeError, ValueError) if rank == 0 else RankMismatchError):
+            if argument == "moments":
+                syncbn.functional.global_moments(odd if rank == 0 else x, process_group=group)
+            elif argument == "input":
+                layer(odd if rank == 0 else x)
+            else:
+                layer(x, odd) if rank == 0 else layer(x)
+        assert layer.num_batches_tracked == 0
+        layer(x)
+        return layer.running_mean
+
+    first, second = run_ranks(2, body)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.usefixtures("way")
+def test_calls_within_a_transform_of_torch_func() -> None:
+    """On one rank, which makes them there for the first time."""
+
+    def calls(group: Any) -> None:
+        assert vote(True, process_group=group)
+        assert [step.total for step in syncbn.uneven.joined([torch.ones(2, 3)], process_group=group)] == [4]
+        model = torch.nn.Sequential(syncbn.SyncBatchNorm(3, process_group=group))
+        syncbn.update_population_stats(model, [torch.randn(4, 3)], process_group=group)
+
+    def body(rank: int, group: Any) -> None:
+        if rank == 0:
+            torch.func.grad(lambda x: (calls(group), x.sum())[1])(torch.ones(2))
+        else:
+            calls(group)
+        assert vote(True, process_group=group)
+
+    run_ranks(2, body)

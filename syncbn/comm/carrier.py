@@ -138,8 +138,14 @@ class Carrier:
         led = self._wanted is leader_or_all and any(pairs) and is_led(hosts)
         if led:
             size = board_size(pairs, HEAD + FRAME)
-            board, pairs = share_boards(self._rank, pairs, ends, self._tell, size)
-            ends = {rank: end for rank, end in ends.items() if rank in pairs[self._rank]}
+            try:
+                board, pairs = share_boards(self._rank, pairs, ends, self._tell, size)
+            except BaseException:
+                pairs[self._rank] = set()
+                raise
+            finally:
+                for rank in set(ends) - pairs[self._rank]:
+                    ends.pop(rank).socket.close()
         self._sockets = Sockets(self._rank, ends, alone=len(ends) == self._size - 1)
         self._others = [rank for rank in self._others if rank not in ends]
         if led:

@@ -64,22 +64,23 @@ class _Waiter:
     """A thread that makes one call at a time for another."""
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="syncbn waiter", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="syncbn waiter", daemon=True)
+        self._thread.start()
 
     def run(self, call: Callable[[], None]) -> BaseException | None:
         """Make the call; what it raised."""
         self._calls.put(call)
-        return self.finish()
-
-    def finish(self) -> BaseException | None:
-        """Wait for the call that is under way."""
         return self._results.get()
 
+    def finish(self) -> None:
+        """Wait for the call that is under way, if there is one, and end."""
+        self._calls.put(None)
+        self._thread.join()
+
     def _work(self) -> None:
-        while True:
-            call = self._calls.get()
+        while (call := self._calls.get()) is not None:
             try:
                 call()
             except BaseException as error:

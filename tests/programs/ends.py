@@ -15,6 +15,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import signal
 import sys
 import threading
@@ -405,6 +406,18 @@ def play(plan: Scenario) -> list[Outcome]:
             raise one
     check(plan, seen)
     return seen
+
+
+def play_all(first: int, last: int) -> None:
+    """The scenarios of these seeds. Groups that were interrupted keep their descriptors, so not too many at a time."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    torch.set_num_threads(1)
+    for seed in range(first, last):
+        try:
+            play(scenario(seed))
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
 
 
 # ---- ranks as processes
