@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn import _torch, autograd, kernels, masked, wire
+from syncbn import _torch, arguments, autograd, kernels, wire
+from syncbn.arguments import ACTIVATIONS, Vectors
 from syncbn.autograd import GlobalMomentsFunction, Plan
 from syncbn.channels import compute_dtype
 from syncbn.checkpointing import unseen
@@ -20,9 +21,6 @@ from syncbn.memory import Memory, Running
 from syncbn.moments import Moments
 from syncbn.together import tell
 from syncbn.wire import Call
-
-ACTIVATIONS = (None, "relu")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def sync_batch_norm(
@@ -132,7 +130,7 @@ def global_moments(
     group = resolve_group(process_group)
     link = link_of(group, _device_of(input, group))
     flags = _gradient_flags(input, None, None)
-    error = _checked(lambda: _input_error(input, None) or _mask_error(input, mask))
+    error = _checked(lambda: arguments.input_error(input, None) or arguments.mask_error(input, mask))
     if error is not None:
         _raise_together(error, link, Call(wire.MOMENTS, "", flags), _channels_of(input, None))
     mean, var, count = GlobalMomentsFunction.apply(input, mask, Plan(link, flags=flags))
@@ -167,8 +165,14 @@ def batch_norm(
         check: a further check of the input, which raises ValueError.
         Others as in ``sync_batch_norm``.
     """
-    vectors = Vectors(running_mean, running_var, weight, bias)
     compiling = torch.compiler.is_compiling()
+    if compiling and (training or running_mean is None or running_var is None):
+        over, remembers = (group, memory) if training else (None, None)
+        if mask is not None or synchronizes(over):
+            return _compiled(
+                input, mask, weight, bias, residual, eps, activation, over, remembers, layer, channels, check
+            )
+    vectors = Vectors(running_mean, running_var, weight, bias)
     link = link_of(group if training and not compiling else None, _device_of(input, group))
     call = Call(wire.FORWARD, layer, _gradient_flags(input, weight, bias))
     if channels is None:
@@ -185,8 +189,7 @@ def batch_norm(
     elif link.size == 1 and not synchronizes(group):
         notice_alone(group)
     if compiling:
-        if synchronizes(group) or mask is not None:
-            return _compiled(input, mask, weight, bias, residual, eps, relu, group, memory, call)
+        pass
     elif _torch.is_shadow(input) and (must_synchronize(link) or mask is not None or _collects(memory)):
         return _after(_without_values(input, vectors, eps), residual, relu)
     elif must_synchronize(link) or mask is not None or input.numel() == 0 or _is_ours(input):
@@ -214,15 +217,6 @@ def _is_ours(input: Tensor) -> bool:
 
 def _collects(memory: Memory | None) -> bool:
     return memory is not None and memory.running is None
-
-
-class Vectors(NamedTuple):
-    """The tensors per channel that a batch norm has, each of shape ``(C,)`` or None."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
 
 
 def _after(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -263,16 +257,27 @@ def _compiled(
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: str | None,
     group: Any,
     memory: Memory | None,
-    call: Call,
+    layer: str,
+    channels: int | None,
+    check: Callable[[Tensor], None] | None,
 ) -> Tensor:
-    """The synchronized path as formulas that a compiler can trace."""
+    """The synchronized path as an operator that a compiler traces, and which checks the rest."""
     from syncbn import compiled  # here, for it imports the compiler
 
+    if check is not None:
+        check(input)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if not synchronizes(group):
+        notice_alone(group)
+        group = None
+    flags = _gradient_flags(input, weight, bias)
+    relu = activation == "relu"
     return compiled.batch_norm(
-        input, mask, weight, bias, residual, eps, relu, group if synchronizes(group) else None, memory, call
+        input, mask, weight, bias, residual, eps, relu, group, memory, Call(wire.FORWARD, layer, flags), channels
     )
 
 
@@ -392,11 +397,7 @@ def _error(
         return None
 
     def error() -> Exception | None:
-        return (
-            _input_error(input, channels, check)
-            or _argument_error(input, vectors, residual, activation, eps)
-            or _mask_error(input, mask)
-        )
+        return arguments.error(input, vectors, residual, mask, eps, activation, channels, check)
 
     return error() if torch.compiler.is_compiling() else _checked(error)
 
@@ -409,62 +410,8 @@ def _checked(error: Callable[[], Exception | None]) -> Exception | None:
         return unforeseen
 
 
-def _input_error(input: Any, channels: int | None, check: Callable[[Tensor], None] | None = None) -> Exception | None:
-    if not isinstance(input, Tensor):
-        return TypeError(f"expected a tensor of shape (N, C, *) as input, got {type(input).__name__}: {input!r:.80}")
-    if input.layout is not torch.strided or input.is_nested:
-        kind = "nested" if input.is_nested else str(input.layout)
-        return TypeError(f"expected a dense tensor of shape (N, C, *) as input, got a {kind} one; convert it first")
-    shape = tuple(input.shape)
-    if input.dtype not in DTYPES:
-        return ValueError(
-            f"expected a float16, bfloat16, float32 or float64 input, got {input.dtype} of shape {shape}; "
-            "convert it first"
-        )
-    if input.dim() < 2:
-        return ValueError(f"expected an input of at least 2 dimensions (N, C, *), got {input.dim()}-D, shape {shape}")
-    if channels is not None and input.shape[1] != channels:
-        return ValueError(
-            f"expected {channels} channels (num_features) in dimension 1 of the input, got {input.shape[1]}: "
-            f"shape {shape}"
-        )
-    if check is not None:
-        try:
-            check(input)
-        except ValueError as error:
-            return error
-    return None
-
-
-def _mask_error(input: Tensor, mask: Any) -> Exception | None:
-    if not isinstance(mask, Tensor | None):
-        return TypeError(f"mask must be a boolean tensor or None, got {type(mask).__name__}")
-    return None if mask is None else masked.mask_error(input, mask)
-
-
 def _refuse_cumulative_average(_: Tensor) -> NoReturn:
     raise ValueError("momentum must be a number here, got None; the cumulative average is a matter of the module")
-
-
-def _argument_error(input: Tensor, vectors: Vectors, residual: Any, activation: Any, eps: Any) -> Exception | None:
-    if activation not in ACTIVATIONS:
-        return ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if not eps > 0:
-        return ValueError(f"eps must be a positive number, got {eps}")
-    if not isinstance(residual, Tensor | None):
-        return TypeError(f"residual must be a tensor of the input's shape or None, got {type(residual).__name__}")
-    channels = input.shape[1]
-    for name, tensor in zip(vectors._fields, vectors, strict=True):
-        if tensor is not None and tuple(tensor.shape) != (channels,):
-            return ValueError(f"{name} must have shape ({channels},) for this input, got {tuple(tensor.shape)}")
-        if tensor is not None and not tensor.is_floating_point():
-            return ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}; {name}.float() is one")
-    if residual is not None and (residual.shape != input.shape or not residual.is_floating_point()):
-        return ValueError(
-            f"residual must be a floating point tensor of the input's shape {tuple(input.shape)}, "
-            f"got {residual.dtype} of shape {tuple(residual.shape)}"
-        )
-    return None
 
 
 def tell_peers(error: Exception, input: Tensor, group: Any, layer: str, channels: int) -> None:
