@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -169,8 +169,12 @@ def batch_norm(
     if compiling and (training or running_mean is None or running_var is None):
         over, remembers = (group, memory) if training else (None, None)
         if mask is not None or synchronizes(over):
+            if training and not synchronizes(over):
+                notice_alone(over)
+            flags = _gradient_flags(input, weight, bias)
+            call = Call(wire.FORWARD, layer, flags)
             return _compiled(
-                input, mask, weight, bias, residual, eps, activation, over, remembers, layer, channels, check
+                input, mask, weight, bias, residual, eps, activation, over, remembers, call, channels, check
             )
     vectors = Vectors(running_mean, running_var, weight, bias)
     link = link_of(group if training and not compiling else None, _device_of(input, group))
@@ -189,10 +193,10 @@ def batch_norm(
     elif link.size == 1 and not synchronizes(group):
         notice_alone(group)
     if compiling:
-        pass
-    elif _torch.is_shadow(input) and (must_synchronize(link) or mask is not None or _collects(memory)):
+        return _after(_local(input, vectors, eps, memory), residual, relu)
+    if _torch.is_shadow(input) and (must_synchronize(link) or mask is not None or _collects(memory)):
         return _after(_without_values(input, vectors, eps), residual, relu)
-    elif must_synchronize(link) or mask is not None or input.numel() == 0 or _is_ours(input):
+    if must_synchronize(link) or mask is not None or input.numel() == 0 or _is_ours(input):
         plan = Plan(link, eps, relu, memory, layer, call.flags)
         return _synchronized(input, mask, weight, bias, residual, plan)
     return _after(_local(input, vectors, eps, memory), residual, relu)
@@ -260,7 +264,7 @@ def _compiled(
     activation: str | None,
     group: Any,
     memory: Memory | None,
-    layer: str,
+    call: Call,
     channels: int | None,
     check: Callable[[Tensor], None] | None,
 ) -> Tensor:
@@ -271,13 +275,18 @@ def _compiled(
         check(input)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if not synchronizes(group):
-        notice_alone(group)
-        group = None
-    flags = _gradient_flags(input, weight, bias)
-    relu = activation == "relu"
     return compiled.batch_norm(
-        input, mask, weight, bias, residual, eps, relu, group, memory, Call(wire.FORWARD, layer, flags), channels
+        input,
+        mask,
+        weight,
+        bias,
+        residual,
+        eps,
+        activation == "relu",
+        group if synchronizes(group) else None,
+        memory,
+        call,
+        channels,
     )
 
 

@@ -7,7 +7,6 @@ Measuring and the gradient's sums hold the exchange that follows them; see ``exc
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -195,9 +194,10 @@ def _moved(
     moments: Tensor, mean: Tensor, var: Tensor, batches: Tensor | None, momentum: float | None
 ) -> tuple[Tensor, ...]:
     """The running statistics after the batch; what nobody counts without elements."""
-    running = Running(mean.clone(), var.clone(), momentum, None if batches is None else batches.clone())
-    running.move(look(unpack(moments)))
-    return running.mean, running.var, moments.new_empty(0) if batches is None else running.batches
+    mean, var = mean.clone(), var.clone()
+    batches = None if batches is None else batches.clone()
+    Running(mean, var, momentum, batches).move(look(unpack(moments)))
+    return mean, var, moments.new_empty(0) if batches is None else batches
 
 
 # ---- and their shapes
