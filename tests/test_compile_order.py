@@ -145,12 +145,12 @@ def order_of(checkpoints: str, partitioner: str, dynamic: bool | None, batch: in
 @pytest.mark.parametrize(
     ("checkpoints", "partitioner", "way"),
     [
-        ("checkpoint", "default", "formulas"),
         ("checkpoint", "min-cut", "loops"),
         ("checkpoint", "min-cut", "device"),
-        ("no checkpoint", "min-cut", "loops"),
         ("selective", "default", "loops"),
-        ("selective", "min-cut", "formulas"),
+        pytest.param("checkpoint", "default", "formulas", marks=pytest.mark.slow),
+        pytest.param("no checkpoint", "min-cut", "loops", marks=pytest.mark.slow),
+        pytest.param("selective", "min-cut", "formulas", marks=pytest.mark.slow),
     ],
 )
 def test_the_order_is_that_of_the_program(
@@ -225,8 +225,14 @@ def check(results: list[list[Any]], sizes: list[tuple[int, ...]], checkpoints: s
 SIZES = [(4, 0), (5, 1), (1, 4), (0, 3)]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("dynamic", "way"),
+    [
+        (None, "loops"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in itertools.product([None, True], WAYS[1:])),
+        pytest.param(True, "loops", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_with_other_graphs_train_like_the_whole_batch(tmp_path: Path, dynamic: bool | None, way: str) -> None:
     options = {"checkpoints": "checkpoint", "backend": "aot_eager", "dynamic": dynamic, "way": way}
     check(run_processes(2, ranks_train, tmp_path, SIZES, options, deadline=300.0, timeout=250.0), SIZES, "checkpoint")
