@@ -1,4 +1,4 @@
-"""Random compiled programs: residual blocks with branches, checkpoints, ranks with uneven batches, against the whole batch.
+"""Random compiled programs with branches, checkpoints and uneven batches, against the whole batch.
 
 Long runs: ``make fuzz``. A failure prints its seed, which ``draw`` makes the same program of.
 """
