@@ -7,6 +7,7 @@ Measuring and the gradient's sums hold the exchange that follows them; see ``exc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from syncbn.compiled import exchange
 from syncbn.compiled.exchange import library
 from syncbn.kernels import native
 from syncbn.memory import Running
-from syncbn.messages import Shared
+from syncbn.messages import Message, Shared
 from syncbn.moments import look, unpack
 from syncbn.wire import Call
 
@@ -157,16 +158,17 @@ def _gradient_sums(
     """``(sums[2C] over ranks, dweight, dbias)``, each without elements where it is not wanted."""
     gradients: tuple[Tensor | None, ...] = (None, None)
 
-    def write(message: Any) -> None:
+    def write(message: Message | None) -> None:
         nonlocal gradients
         dtypes = of_weight, of_bias
         gradients = native.pack_gradient_sums(grad, x, mask, stats, weight, bias, residual, relu, message, dtypes)
 
+    sums = None
     if shares:
         call = Call(wire.BACKWARD, layer, flags)
-        sums: Tensor | None = exchange.share(write, 2 * x.shape[1], group, x.device, call)[1].sum().clone()
+        sums = exchange.share(write, 2 * x.shape[1], group, x.device, call)[1].sum().clone()
     else:
-        sums = write(None)
+        write(None)
     return tuple(stats.new_empty(0) if result is None else result for result in (sums, *gradients))
 
 
@@ -203,8 +205,8 @@ def _moved(
 # ---- and their shapes
 
 
-def _fake(name: str) -> Any:
-    return torch.library.register_fake(f"syncbn::{name}", lib=library)
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"syncbn::{name}", lib=library)  # type: ignore[no-any-return, unused-ignore]
 
 
 @_fake("measure")
