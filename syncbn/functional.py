@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncbn import _torch, autograd, dtensor, kernels, masked, wire
+from syncbn import _torch, arguments, autograd, dtensor, kernels, wire
+from syncbn.arguments import ACTIVATIONS, Vectors
 from syncbn.autograd import GlobalCovarianceFunction, GlobalMomentsFunction, Plan
 from syncbn.channels import along_channels, compute_dtype
 from syncbn.checkpointing import unseen
@@ -21,9 +22,6 @@ from syncbn.memory import Memory, Running
 from syncbn.moments import Moments, scatter_width
 from syncbn.together import tell
 from syncbn.wire import Call
-
-ACTIVATIONS = (None, "relu")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def sync_batch_norm(
@@ -189,7 +187,7 @@ def _plan_of_statistics(
     group = resolve_group(process_group)
     plan = Plan(link_of(group, _device_of(input, group)), flags=_gradient_flags(input, None, None))
     try:
-        error = _statistics_error(input, mask)
+        error = arguments.statistics_error(input, mask)
     except Exception as unforeseen:  # to be told to the peers as well
         error = unforeseen
     if error is not None:
@@ -230,13 +228,22 @@ def batch_norm(
             input, vectors, residual, mask, activation, eps, channels, check, training, group, memory, layer
         )
     compiling = torch.compiler.is_compiling()
+    if compiling and (training or running_mean is None or running_var is None):
+        over, remembers = (group, memory) if training else (None, None)
+        if mask is not None or synchronizes(over):
+            if training and not synchronizes(over):
+                notice_alone(over)
+            call = Call(wire.FORWARD, layer, _gradient_flags(input, weight, bias))
+            return _compiled(
+                input, mask, weight, bias, residual, eps, activation, over, remembers, call, channels, check
+            )
     link = link_of(group if training and not compiling else None, _device_of(input, group))
     call = Call(wire.FORWARD, layer, _gradient_flags(input, weight, bias))
     if channels is None:
         channels = next((t.numel() for t in vectors if t is not None), None)
     error = _error(input, vectors, residual, mask, activation, eps, channels, check)
     if error is None and training and (link.size > 1 or mask is not None):
-        error = _float64_error(input)
+        error = arguments.float64_error(input)
     if error is not None:
         _raise_together(error, link, call, 2 * _channels_of(input, channels) + 1)
 
@@ -249,10 +256,7 @@ def batch_norm(
         notice_alone(group)
     if training and not compiling and 0 < input.shape[0] * link.size < FEW:
         notice_few(input.shape[0], link.size, layer)
-    if compiling:
-        if synchronizes(group) or mask is not None:
-            return _compiled(input, mask, weight, bias, residual, eps, relu, group, memory, call)
-    else:
+    if not compiling:
         needed = must_synchronize(link) or mask is not None
         if (needed or _collects(memory)) and _torch.is_shadow(input):
             return _after(_without_values(input, vectors, eps), residual, relu)
@@ -315,15 +319,6 @@ def _collects(memory: Memory | None) -> bool:
     return memory is not None and memory.running is None
 
 
-class Vectors(NamedTuple):
-    """The tensors per channel that a batch norm has, each of shape ``(C,)`` or None."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
 def _after(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """What comes after torch's own batch norm."""
     if residual is not None:
@@ -377,16 +372,32 @@ def _compiled(
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: str | None,
     group: Any,
     memory: Memory | None,
     call: Call,
+    channels: int | None,
+    check: Callable[[Tensor], None] | None,
 ) -> Tensor:
-    """The synchronized path as formulas that a compiler can trace."""
+    """The synchronized path as an operator that a compiler traces, and which checks the rest."""
     from syncbn import compiled  # here, for it imports the compiler
 
+    if check is not None:
+        check(input)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     return compiled.batch_norm(
-        input, mask, weight, bias, residual, eps, relu, group if synchronizes(group) else None, memory, call
+        input,
+        mask,
+        weight,
+        bias,
+        residual,
+        eps,
+        activation == "relu",
+        group if synchronizes(group) else None,
+        memory,
+        call,
+        channels,
     )
 
 
@@ -487,11 +498,7 @@ def _channels_of(input: Any, channels: int | None) -> int:
     """How wide the peers' messages are, as far as this rank can tell."""
     if channels is not None:
         return channels
-    return input.shape[1] if isinstance(input, Tensor) and _is_dense(input) and input.dim() > 1 else 0
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_nested
+    return input.shape[1] if isinstance(input, Tensor) and arguments.is_dense(input) and input.dim() > 1 else 0
 
 
 def _error(
@@ -510,128 +517,15 @@ def _error(
         return None
 
     if torch.compiler.is_compiling():
-        return _error_found(input, vectors, residual, mask, activation, eps, channels, check)
+        return arguments.error(input, vectors, residual, mask, eps, activation, channels, check)
     try:
-        return _error_found(input, vectors, residual, mask, activation, eps, channels, check)
+        return arguments.error(input, vectors, residual, mask, eps, activation, channels, check)
     except Exception as unforeseen:  # to be told to the peers as well
         return unforeseen
 
 
-def _error_found(
-    input: Any,
-    vectors: Vectors,
-    residual: Any,
-    mask: Any,
-    activation: Any,
-    eps: Any,
-    channels: int | None,
-    check: Callable[[Tensor], None] | None,
-) -> Exception | None:
-    return (
-        _input_error(input, channels, check)
-        or _argument_error(input, vectors, residual, activation, eps)
-        or (None if mask is None else _mask_error(input, mask))
-    )
-
-
-def _input_error(input: Any, channels: int | None, check: Callable[[Tensor], None] | None = None) -> Exception | None:
-    if not isinstance(input, Tensor):
-        return TypeError(f"expected a tensor of shape (N, C, *) as input, got {type(input).__name__}: {input!r:.80}")
-    if not _is_dense(input):
-        return TypeError(f"expected a dense tensor of shape (N, C, *) as input, got {_how_to_give_values(input)}")
-    shape = input.shape
-    if input.dtype not in DTYPES:
-        return ValueError(
-            f"expected a float16, bfloat16, float32 or float64 input, got {input.dtype} of shape {tuple(shape)}; "
-            "convert it first"
-        )
-    if len(shape) < 2:
-        return ValueError(
-            f"expected an input of at least 2 dimensions (N, C, *), got {len(shape)}-D, shape {tuple(shape)}"
-        )
-    if channels is not None and shape[1] != channels:
-        return ValueError(
-            f"expected {channels} channels (num_features) in dimension 1 of the input, got {shape[1]}: "
-            f"shape {tuple(shape)}"
-        )
-    if check is not None:
-        try:
-            check(input)
-        except ValueError as error:
-            return error
-    return None
-
-
-def _how_to_give_values(input: Tensor) -> str:
-    if input.layout is torch.jagged:
-        return (
-            "a jagged nested one. Its values are one, of shape (sum of lengths, C): normalize these, with "
-            "torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets())"
-        )
-    if input.is_nested:
-        return "a nested one; give torch.cat(x.unbind()), of shape (sum of lengths, C)"
-    return f"a {input.layout} one; give the features of its points, of shape (points, C)"
-
-
-def _float64_error(input: Tensor) -> Exception | None:
-    if _torch.has_float64(input.device):
-        return None
-    return TypeError(
-        f"shared and masked statistics are computed in float64, which {input.device} does not have: "
-        "move the layer and its input to a CPU, or revert it (syncbn.revert_sync_batchnorm)"
-    )
-
-
-def _dtensor_error(input: Any) -> Exception | None:
-    if not dtensor.is_dtensor(input):
-        return None
-    return TypeError(
-        "expected a plain tensor, got a DTensor: give input.to_local(), and as process_group the dimension of its mesh "
-        "that shards batch or space"
-    )
-
-
-def _statistics_error(input: Any, mask: Any) -> Exception | None:
-    """What is wrong with an input to take statistics of."""
-    return _dtensor_error(input) or _input_error(input, None) or _mask_error(input, mask) or _float64_error(input)
-
-
-def _mask_error(input: Tensor, mask: Any) -> Exception | None:
-    if not isinstance(mask, Tensor | None):
-        return TypeError(f"mask must be a boolean tensor or None, got {type(mask).__name__}")
-    return None if mask is None else masked.mask_error(input, mask)
-
-
 def _refuse_cumulative_average(_: Tensor) -> NoReturn:
     raise ValueError("momentum must be a number here, got None; the cumulative average is a matter of the module")
-
-
-def _argument_error(input: Tensor, vectors: Vectors, residual: Any, activation: Any, eps: Any) -> Exception | None:
-    if activation not in ACTIVATIONS:
-        return ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if not eps > 0:
-        return ValueError(f"eps must be a positive number, got {eps}")
-    if not isinstance(residual, Tensor | None):
-        return TypeError(f"residual must be a tensor of the input's shape or None, got {type(residual).__name__}")
-    shape = (input.shape[1],)
-    for name, tensor in zip(vectors._fields, vectors, strict=True):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            return ValueError(f"{name} must have shape ({shape[0]},) for this input, got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            return ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}; {name}.float() is one")
-    if residual is not None and not (_is_dense(residual) and residual.device == input.device):
-        kind = "nested" if residual.is_nested else str(residual.layout).removeprefix("torch.")
-        return TypeError(
-            f"residual must be dense and on {input.device} like the input, got {kind} on {residual.device}"
-        )
-    if residual is not None and (residual.shape != input.shape or not residual.is_floating_point()):
-        return ValueError(
-            f"residual must be a floating point tensor of the input's shape {tuple(input.shape)}, "
-            f"got {residual.dtype} of shape {tuple(residual.shape)}"
-        )
-    return None
 
 
 def tell_peers(error: Exception, input: Tensor, group: Any, layer: str, channels: int) -> None:

@@ -53,6 +53,10 @@ class Running:
         """Itself."""
         return self
 
+    def state(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, float | None]:
+        """``(mean, var, batches, momentum)``."""
+        return self.mean, self.var, self.batches, self.momentum
+
     def collect(self, total: Moments, x: Tensor, mask: Tensor | None) -> None:
         """Move the statistics: for those who do not look at ``running``."""
         self.move(total)

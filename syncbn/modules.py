@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from syncbn import _torch, functional, tracing
+from syncbn import _torch, arguments, functional, tracing
 from syncbn._torch import BatchNormBase
 from syncbn.checkpointing import counts
 from syncbn.groups import GroupHandle
@@ -120,8 +120,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         )
         if not bias:  # an argument of torch's own batch norms from torch 2.12 on
             self.register_parameter("bias", None)
-        if activation not in functional.ACTIVATIONS:
-            raise ValueError(f"activation must be one of {functional.ACTIVATIONS}, got {activation!r}")
+        if activation not in arguments.ACTIVATIONS:
+            raise ValueError(f"activation must be one of {arguments.ACTIVATIONS}, got {activation!r}")
         self.activation = activation
 
     convert_sync_batchnorm: ClassVar[Callable[..., Any]]

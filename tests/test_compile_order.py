@@ -30,7 +30,15 @@ from syncbn import PeerLostError, RankMismatchError, compiled, wire
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 PARTITIONERS = {"default": default_partition, "min-cut": min_cut_rematerialization_partition}
-WAYS = ["host", "device"]  # a device's is an all-reduce, which a CPU can make as well
+WAYS = ["loops", "formulas", "device"]  # a device's formulas hold an all-reduce, which a CPU can make as well
+
+
+def go(way: str, patch: pytest.MonkeyPatch) -> None:
+    """Let compiled layers be made of compiled loops, or of formulas with the exchanges of a host or of a device."""
+    if way != "loops":
+        patch.setattr(compiled.kernels, "loops_for", lambda dtype: False)
+    if way == "device":
+        patch.setattr(compiled.exchange, "on_host", lambda tensor: False)
 
 
 class Block(nn.Module):
@@ -90,8 +98,8 @@ def _alone(tmp_path: Path) -> Iterator[None]:
 
 
 def exchanges_of(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
-    targets = (torch.ops.syncbn.exchange.default, torch.ops._c10d_functional.all_reduce.default)
-    return [node for node in graph.graph.nodes if node.target in targets]
+    waits = torch.ops._c10d_functional.wait_tensor.default
+    return [node for node in graph.graph.nodes if node.target in compiled.exchange.OPERATORS - {waits}]
 
 
 def depends_on(node: torch.fx.Node, on: torch.fx.Node) -> bool:
@@ -106,9 +114,10 @@ def depends_on(node: torch.fx.Node, on: torch.fx.Node) -> bool:
 
 def name_of(node: torch.fx.Node) -> Any:
     """``(kind, layer)`` of an exchange; of an all-reduce its length, all that the graph says."""
-    if node.target is torch.ops.syncbn.exchange.default:
-        return node.args[3], node.args[4]
-    return node.meta["val"].shape[0]
+    if node.target is torch.ops._c10d_functional.all_reduce.default:
+        return node.meta["val"].shape[0]
+    kinds = {torch.ops.syncbn.measure.default: wire.FORWARD, torch.ops.syncbn.gradient_sums.default: wire.BACKWARD}
+    return kinds.get(node.target, node.args[3]), node.args[-2]
 
 
 def order_of(checkpoints: str, partitioner: str, dynamic: bool | None, batch: int) -> list[list[Any]]:
@@ -136,22 +145,22 @@ def order_of(checkpoints: str, partitioner: str, dynamic: bool | None, batch: in
 @pytest.mark.parametrize(
     ("checkpoints", "partitioner", "way"),
     [
-        ("checkpoint", "default", "host"),
-        ("checkpoint", "min-cut", "host"),
+        ("checkpoint", "min-cut", "loops"),
         ("checkpoint", "min-cut", "device"),
-        ("no checkpoint", "min-cut", "host"),
-        ("selective", "default", "device"),
-        ("selective", "min-cut", "host"),
+        ("selective", "default", "loops"),
+        pytest.param("checkpoint", "default", "formulas", marks=pytest.mark.slow),
+        pytest.param("no checkpoint", "min-cut", "loops", marks=pytest.mark.slow),
+        pytest.param("selective", "min-cut", "formulas", marks=pytest.mark.slow),
     ],
 )
 def test_the_order_is_that_of_the_program(
     checkpoints: str, partitioner: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "_on_host", lambda payload: way == "host")
+    go(way, monkeypatch)
     forward, backward = order_of(checkpoints, partitioner, None, 5)
     for dynamic, batch in ((None, 1), (None, 0), (True, 4)):
         assert order_of(checkpoints, partitioner, dynamic, batch) == [forward, backward]
-    if way == "host":
+    if way != "device":
         assert forward == [(wire.FORWARD, name) for name in LAYERS]
         assert sorted(backward) == sorted((wire.BACKWARD, name) for name in LAYERS), "a forward's is made once"
     else:
@@ -160,7 +169,7 @@ def test_the_order_is_that_of_the_program(
 
 @pytest.mark.usefixtures("_alone")
 def test_without_the_private_names_of_torch_it_still_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled._torch, "_proxy_mode", None)
+    monkeypatch.setattr(compiled.exchange._torch, "_proxy_mode", None)
     net, x = network("no checkpoint"), torch.randn(4, 3, 2, dtype=torch.float64)
     expected = net(x)
     torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), expected)
@@ -182,7 +191,7 @@ def ranks_train(rank: int, size: int, sizes: list[tuple[int, ...]], options: dic
     """Gradients summed over ranks, and running statistics, of a step for each entry of ``sizes``."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "_on_host", lambda payload: options["way"] == "host")
+        go(options["way"], patch)
         net = network(options["checkpoints"])
         run: Any = net
         if rank not in options.get("eager", ()):
@@ -216,8 +225,14 @@ def check(results: list[list[Any]], sizes: list[tuple[int, ...]], checkpoints: s
 SIZES = [(4, 0), (5, 1), (1, 4), (0, 3)]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("dynamic", "way"),
+    [
+        (None, "loops"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in itertools.product([None, True], WAYS[1:])),
+        pytest.param(True, "loops", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_with_other_graphs_train_like_the_whole_batch(tmp_path: Path, dynamic: bool | None, way: str) -> None:
     options = {"checkpoints": "checkpoint", "backend": "aot_eager", "dynamic": dynamic, "way": way}
     check(run_processes(2, ranks_train, tmp_path, SIZES, options, deadline=300.0, timeout=250.0), SIZES, "checkpoint")
@@ -232,7 +247,7 @@ def test_ranks_with_other_graphs_under_inductor(tmp_path: Path, way: str) -> Non
 
 
 def test_a_compiled_and_an_eager_rank_train_together(tmp_path: Path) -> None:
-    options = {"checkpoints": "no checkpoint", "backend": "aot_eager", "eager": (1,), "way": "host"}
+    options = {"checkpoints": "no checkpoint", "backend": "aot_eager", "eager": (1,), "way": "loops"}
     sizes = SIZES[:2]
     check(run_processes(2, ranks_train, tmp_path, sizes, options, deadline=300.0, timeout=250.0), sizes, "")
 

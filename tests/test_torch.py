@@ -434,7 +434,8 @@ PRIVATE_ELSEWHERE = {
     ("_check.py", "torch._C"), ("_doctor.py", "torch._C"), ("_worker.py", "torch._C"), ("mpi/setup.py", "torch._C"),
     ("mpi/group.py", "torch._C"), ("_doctor.py", "torch.xpu._is_compiled"), ("_agent.py", "torch._C"),
     # The collective by which a compiled graph is recognized, and a base class to look for.
-    ("compiled.py", "torch.ops._c10d_functional"), ("overlooked.py", "torch.nn.modules.instancenorm._InstanceNorm"),
+    ("compiled/exchange.py", "torch.ops._c10d_functional"),
+    ("overlooked.py", "torch.nn.modules.instancenorm._InstanceNorm"),
 }  # fmt: skip
 
 

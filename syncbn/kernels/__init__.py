@@ -27,7 +27,17 @@ from syncbn.kernels import aten, native
 from syncbn.kernels.composed import Composed, clean_padding
 from syncbn.kernels.values import statistics
 
-__all__ = ["choice", "choose", "clean_padding", "is_native", "moments", "name_of", "plain", "statistics"]
+__all__ = [
+    "choice",
+    "choose",
+    "clean_padding",
+    "is_native",
+    "loops_for",
+    "moments",
+    "name_of",
+    "plain",
+    "statistics",
+]
 
 _ATEN = Composed(aten)
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,7 +64,12 @@ def choose(x: Tensor, mask: Tensor | None, raw: bool) -> Any:
 
 def is_native(x: Tensor) -> bool:
     """Whether the compiled loops work on a tensor."""
-    return x.is_cpu and type(x) in _PLAIN and not _interpreted and x.dtype in native.DTYPES and _native_works()
+    return x.is_cpu and type(x) in _PLAIN and loops_for(x.dtype)
+
+
+def loops_for(dtype: torch.dtype) -> bool:
+    """Whether the compiled loops work on tensors of a data type, on a CPU."""
+    return not _interpreted and dtype in native.DTYPES and _native_works()
 
 
 @lru_cache

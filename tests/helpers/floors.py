@@ -7,7 +7,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "formats, values, what torch hides": ("wire", "errors", "moments", "channels", "masked", "_torch", "tracing"),
     "what is handed around": ("messages", "memory", "groups", "checkpointing", "dry_run", "overlooked"),
     "the ways of a message, the arithmetic": ("comm", "kernels"),
-    "the four verbs and their gradient": ("autograd", "compiled", "together", "dtensor", "few_samples"),
+    "the four verbs and their gradient": ("autograd", "compiled", "together", "dtensor", "few_samples", "arguments"),
     "checks, and which way to go": ("functional", "rounds"),
     "what people call": ("modules", "uneven", "steps", "statistics"),
     "layers that are local again": ("local",),
