@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn import _torch, dtensor, masked
+from syncbn import _torch, masked
 
 ACTIVATIONS = (None, "relu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,7 +43,7 @@ def error(
 
 def statistics_error(input: Any, mask: Any) -> Exception | None:
     """What is wrong with an input to take statistics of."""
-    return _dtensor_error(input) or input_error(input, None) or mask_error(input, mask) or float64_error(input)
+    return input_error(input, None) or mask_error(input, mask) or float64_error(input)
 
 
 def input_error(input: Any, channels: int | None, check: Callable[[Tensor], None] | None = None) -> Exception | None:
@@ -98,15 +98,6 @@ def float64_error(input: Tensor) -> Exception | None:
     return TypeError(
         f"shared and masked statistics are computed in float64, which {input.device} does not have: "
         "move the layer and its input to a CPU, or revert it (syncbn.revert_sync_batchnorm)"
-    )
-
-
-def _dtensor_error(input: Any) -> Exception | None:
-    if not dtensor.is_dtensor(input):
-        return None
-    return TypeError(
-        "expected a plain tensor, got a DTensor: give input.to_local(), and as process_group the dimension of its mesh "
-        "that shards batch or space"
     )
 
 

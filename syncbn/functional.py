@@ -187,7 +187,7 @@ def _plan_of_statistics(
     group = resolve_group(process_group)
     plan = Plan(link_of(group, _device_of(input, group)), flags=_gradient_flags(input, None, None))
     try:
-        error = arguments.statistics_error(input, mask)
+        error = _dtensor_error(input) or arguments.statistics_error(input, mask)
     except Exception as unforeseen:  # to be told to the peers as well
         error = unforeseen
     if error is not None:
@@ -522,6 +522,15 @@ def _error(
         return arguments.error(input, vectors, residual, mask, eps, activation, channels, check)
     except Exception as unforeseen:  # to be told to the peers as well
         return unforeseen
+
+
+def _dtensor_error(input: Any) -> Exception | None:
+    if not dtensor.is_dtensor(input):
+        return None
+    return TypeError(
+        "expected a plain tensor, got a DTensor: give input.to_local(), and as process_group the dimension of its mesh "
+        "that shards batch or space"
+    )
 
 
 def _refuse_cumulative_average(_: Tensor) -> NoReturn:
