@@ -116,9 +116,12 @@ def _argument_error(input: Tensor, vectors: Vectors, residual: Any, activation: 
     if not isinstance(residual, Tensor | None):
         return TypeError(f"residual must be a tensor of the input's shape or None, got {type(residual).__name__}")
     shape = (input.shape[1],)
-    for name, tensor in zip(vectors._fields, vectors, strict=True):
+    tensors: tuple[Any, ...] = vectors
+    for name, tensor in zip(vectors._fields, tensors, strict=True):
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            return TypeError(f"{name} must be a tensor of shape ({shape[0]},) or None, got {type(tensor).__name__}")
         if tensor.shape != shape:
             return ValueError(f"{name} must have shape ({shape[0]},) for this input, got {tuple(tensor.shape)}")
         if not tensor.is_floating_point():

@@ -240,7 +240,7 @@ def batch_norm(
     link = link_of(group if training and not compiling else None, _device_of(input, group))
     call = Call(wire.FORWARD, layer, _gradient_flags(input, weight, bias))
     if channels is None:
-        channels = next((t.numel() for t in vectors if t is not None), None)
+        channels = next((t.numel() for t in vectors if isinstance(t, Tensor)), None)
     error = _error(input, vectors, residual, mask, activation, eps, channels, check)
     if error is None and training and (link.size > 1 or mask is not None):
         error = arguments.float64_error(input)
@@ -285,7 +285,7 @@ def _in_parts(
 ) -> Tensor:
     """``batch_norm`` of a DTensor. What is wrong with it, all its ranks see by themselves."""
     if channels is None:
-        channels = next((t.numel() for t in vectors if t is not None), None)
+        channels = next((t.numel() for t in vectors if isinstance(t, Tensor)), None)
     error = _error(input, vectors, residual, mask, activation, eps, channels, check)
     if error is not None:
         raise error

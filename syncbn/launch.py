@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -159,10 +160,19 @@ def parse(argv: Sequence[str]) -> Request:
         fail(f"with --engine mpi, -n must be the number of ranks, got {count!r}")
     if count is not None and not count.isdecimal() and count not in _COUNTS:
         fail(f"-n must be a number of ranks, or one of {', '.join(_COUNTS)}; got {count!r}")
+    if count is not None and count.isdecimal() and int(count) > _MOST_RANKS:
+        fail(f"-n {count} is more ranks than a host can have processes ({_MOST_RANKS})")
     request = Request(options, passed, rest)
+    nodes = request.value("nnodes")
+    if nodes is not None and not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", nodes):
+        fail(f"--nnodes must be a number of hosts, or LEAST:MOST; got {nodes!r}")
     _check_meeting(request)
     _check_command(request)
     return request
+
+
+_MOST_RANKS = 1 << 22
+"""Linux has no more process ids."""
 
 
 def chosen_cores() -> str:

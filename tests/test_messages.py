@@ -141,6 +141,17 @@ def test_integer_statistics(name: str, dtype: torch.dtype) -> None:
         syncbn.functional.sync_batch_norm(torch.randn(4, 3), layer.running_mean, layer.running_var, training=True)
 
 
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("value", [[0.0, 0.0, 0.0], "zeros", 3])
+def test_vectors_that_are_no_tensors(name: str, value: Any) -> None:
+    arguments: dict[str, Any] = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), name: value}
+    for training in (True, False):
+        with pytest.raises(
+            TypeError, match=rf"{name} must be a tensor of shape \(3,\) or None, got {type(value).__name__}"
+        ):
+            syncbn.functional.sync_batch_norm(torch.randn(4, 3), training=training, **arguments)
+
+
 def test_population_statistics_of_what_is_no_data(tmp_path: Path) -> None:
     model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(1)))
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got a list"):
@@ -193,6 +204,10 @@ WRONG = {
     "-n 0 x.py": "-n must be at least 1, got 0",
     "-n -1 x.py": "-n must be at least 1, got -1",
     "--engine mpi -n -1 x.py": "-n must be at least 1, got -1",
+    "-n 99999999999 x.py": "-n 99999999999 is more ranks than a host can have processes (4194304)",
+    "--nnodes two x.py": "--nnodes must be a number of hosts, or LEAST:MOST; got 'two'",
+    "--nnodes 0 x.py": "--nnodes must be a number of hosts, or LEAST:MOST; got '0'",
+    "--nnodes 1:many x.py": "--nnodes must be a number of hosts, or LEAST:MOST; got '1:many'",
     "-n 2.5 x.py": "-n must be a number of ranks, or one of auto, cpu, gpu, xpu; got '2.5'",
     "--engine mpi -n 2.5 x.py": "with --engine mpi, -n must be the number of ranks, got '2.5'",
     "-n": "argument -n/--nproc-per-node/--nproc_per_node: expected one argument",
