@@ -331,7 +331,8 @@ def _evaluate(input: Tensor, vectors: Vectors, eps: float) -> Tensor:
     wide = _common_dtype(input, vectors)
     x = input if wide is None else input.to(wide)
     mean, var, weight, bias = (_cast(tensor, wide) for tensor in vectors)
-    if x.shape[1] == 0:  # this rank's part of a DTensor with fewer channels than ranks; torch's raises IndexError
+    # This rank's part of a DTensor with fewer channels than ranks; torch's raises IndexError.
+    if not _torch.in_script_trace() and x.shape[1] == 0:
         for vector in (weight, bias):
             x = x if vector is None else x + along_channels(vector, x)  # nothing, but a graph that leads to both
         return x.to(input.dtype)

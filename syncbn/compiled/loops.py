@@ -1,7 +1,7 @@
 """The synchronized training forward as few operators, opaque to a compiler, around the compiled loops of a CPU.
 
 A graph has five nodes a layer in place of some sixty: it is traced in a fraction of the time, and the loops are as
-quick as those that inductor makes, or quicker (benchmarks/README.md). Values are those of the eager path, to the bit.
+quick as those that inductor makes, as far as was measured. Values are those of the eager path.
 Measuring and the gradient's sums hold the exchange that follows them; see ``exchange`` for their order.
 """
 
