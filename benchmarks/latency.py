@@ -48,7 +48,7 @@ from syncbn.comm.handshake import SWITCH
 from syncbn.wire import FORWARD, Call
 
 CHANNELS = (64, 256, 1024, 2048)
-WORLDS = (2, 4, 8, 16, 32)
+WORLDS = (2, 4, 8)
 MAIN = 256  # channels, in tables
 ENGINES = {"gloo": "torchrun", "mpi4py": "mpi"}
 
