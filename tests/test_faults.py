@@ -281,6 +281,7 @@ def test_a_dead_group_stays_dead(way: str) -> None:
     assert "lost a peer in forward of layer 'first'" in second
 
 
+@pytest.mark.slow  # in its process a thread of gloo works on connections that are gone, and takes a core, until it ends
 def test_a_rank_that_hung_up_first_is_not_blamed(way: str) -> None:
     """Rank 2 is gone; rank 1 finds out, and hangs up before rank 0 comes: rank 0 names rank 2 alone."""
     hung_up = threading.Event()

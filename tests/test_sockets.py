@@ -36,7 +36,7 @@ def soon() -> float:
     return 0.2 + 0.3 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 class World:
