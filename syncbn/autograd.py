@@ -249,7 +249,18 @@ def normalize(
     return y, stats
 
 
-class GlobalMomentsFunction(_Function):
+class _GlobalFunction(_Function):
+    """Of ``(x, mask, plan)``, with ``(mean, spread, count)`` as output."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, mask, ctx.plan = inputs
+        mean, _, count = output
+        ctx.save_for_backward(x, mask, mean, count)  # an output that is saved comes back with its own gradient
+        ctx.mark_non_differentiable(count)
+
+
+class GlobalMomentsFunction(_GlobalFunction):
     """Mean and biased variance over all ranks, as functions of this rank's ``x``.
 
     Apply to ``(x, mask, plan)``; returns float64 ``(mean, var, count)``. With the loss being the sum of the ranks'
@@ -272,13 +283,6 @@ class GlobalMomentsFunction(_Function):
         return total.mean.clone(), total.var, total.n.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, mask, ctx.plan = inputs
-        mean, _, count = output
-        ctx.save_for_backward(x, mask, mean, count)  # an output that is saved comes back with its own gradient
-        ctx.mark_non_differentiable(count)
-
-    @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: None) -> tuple[Tensor, None, None]:
         x, mask, mean, count = ctx.saved_tensors
         total = SumFunction.apply(torch.cat([grad_mean, grad_var]), ctx.plan, wire.MOMENTS_BACKWARD)
@@ -291,7 +295,7 @@ class GlobalMomentsFunction(_Function):
         return kernels.plain(x).normalize(x, mean, 2.0 * slope, None, level), None, None
 
 
-class GlobalCovarianceFunction(_Function):
+class GlobalCovarianceFunction(_GlobalFunction):
     """Mean and biased covariance over all ranks, as functions of this rank's ``x``.
 
     Apply to ``(x, mask, plan)``; returns float64 ``(mean[C], covariance[C, C], count)``. With the loss being the sum of
@@ -315,13 +319,6 @@ class GlobalCovarianceFunction(_Function):
         if total.finite is False:
             plan.link.warn_broken(shared, plan.layer)
         return total.mean.clone(), total.var, total.n.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, mask, ctx.plan = inputs
-        mean, _, count = output
-        ctx.save_for_backward(x, mask, mean, count)
-        ctx.mark_non_differentiable(count)
 
     @staticmethod
     def backward(ctx: Any, grad_mean: Tensor, grad_covariance: Tensor, _: None) -> tuple[Tensor, None, None]:

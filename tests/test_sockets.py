@@ -745,6 +745,18 @@ def test_exceptions_are_described() -> None:
     assert farewell.describe(ValueError("a b")) == "ValueError: a b"
 
 
+@pytest.mark.parametrize(("cores", "looks"), [({0}, 0), ({0, 1}, sockets.LOOKS), ({0, 1, 2}, sockets.LOOKS)])
+def test_readers_look_before_they_sleep_where_each_rank_has_a_core(
+    cores: set[int], looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(cores))
+
+    def body(rank: int, link: Sockets) -> None:
+        assert link._looks == looks
+
+    run(2, body)
+
+
 # ---- processes
 
 
