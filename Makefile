@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests and recipes find mpiexec, torchrun and syncbn-launch of this environment first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv test sanitize lint types docs demo fuzz soak bench experiments clean
+.PHONY: help venv test sanitize lint types docs demo fuzz soak bench experiments pictures clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -108,6 +108,9 @@ experiments: $(STAMP) ## all experiments in full, into examples/results (about a
 	$(BIN)/python -m syncbn.launch -n 4 examples/batch_renorm.py --full --out examples/results/batch_renorm
 	$(BIN)/python -m syncbn.launch -n 4 examples/claims.py --full --out examples/results/claims
 	$(BIN)/python -m syncbn.launch -n 4 examples/equivalence.py --out examples/results/equivalence
+
+pictures: $(STAMP) ## draw the pictures of results again, from their CSVs
+	$(BIN)/python examples/redraw.py
 
 clean: ## remove the environment and everything else that was made here
 	rm -rf $(VENV) $(OUT) build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache

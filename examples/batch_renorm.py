@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import experiment
+import pictures
 import torch
 import torch.distributed as dist
 from digits import Run, build_mlp, load_data, sweep, test_accuracy
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 import syncbn
 
-LABELS = {"local": "local BN", "renorm": "local renorm", "sync": "SyncBN", "sync_renorm": "SyncBN renorm"}
+LABELS = pictures.labels("local", "renorm", "sync", "sync_renorm")
 
 
 class BatchRenorm(nn.Module):
@@ -145,23 +146,25 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, float], list[Result], l
     return reached, results, points
 
 
-def draw(results: list[Result], points: list[Point], samples: list[int], path: Path) -> None:
-    """Draw test accuracy against samples per device, and the loss curves at the fewest of them."""
-    first, least = results[0], min(samples)
+def draw(folder: Path) -> None:
+    """Draw test accuracy against samples per device, and the loss curves at the fewest of them, from the CSVs."""
+    results = experiment.read_csv(folder / "runs.csv", Result)
+    points = experiment.read_csv(folder / "curves.csv", Point)
+    first, samples = results[0], sorted({result.samples_per_device for result in results})
     title = f"Batch renormalization, digits, {first.ranks} ranks: {experiment.spread(results)}"
-    with experiment.picture(path, title) as (left, right):
-        for (norm, label), marker in zip(LABELS.items(), "osD^", strict=True):
+    with pictures.figure(folder / "batch_renorm.png", title) as (left, right):
+        for norm in LABELS:
             means, stds = experiment.curves(results, "test_accuracy", "samples_per_device", samples, norm=norm)
-            left.errorbar(samples, means, stds, marker=marker, capsize=4, label=label)
+            left.errorbar(samples, means, stds, **pictures.look(norm))
             epochs = list(range(1, first.epochs + 1))
-            means, stds = experiment.curves(points, "train_loss", "epoch", epochs, norm=norm, samples_per_device=least)
-            right.errorbar(epochs, means, stds, marker=marker, ms=4, capsize=2, label=label)
-        experiment.powers_of_two(left, samples, "samples per device")
+            least = experiment.curves(points, "train_loss", "epoch", epochs, norm=norm, samples_per_device=samples[0])
+            right.errorbar(epochs, *least, **pictures.look(norm, markersize=4))
+        pictures.powers_of_two(left, samples, "samples per device")
         left.set_ylabel("test accuracy (%)")
         right.set_yscale("log")
-        right.set_xlabel(f"epoch, at {least} samples per device")
+        right.set_xlabel(f"epoch, at {samples[0]} samples per device")
         right.set_ylabel("train loss (nats)")
-        left.legend()
+        pictures.legend_below([left, right])
 
 
 def report(args: argparse.Namespace, found: tuple[dict[str, float], list[Result], list[Point]]) -> None:
@@ -169,7 +172,7 @@ def report(args: argparse.Namespace, found: tuple[dict[str, float], list[Result]
     reached, results, points = found
     experiment.write_csv(results, args.out / "runs.csv")
     experiment.write_csv(points, args.out / "curves.csv")
-    draw(results, points, args.samples, args.out / "batch_renorm.png")
+    draw(args.out)
     print(experiment.accuracy_and_loss(results, LABELS, args.samples))
     print(
         "A loss on the first rank's outputs gives the last rank's samples a gradient of norm "

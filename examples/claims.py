@@ -19,8 +19,10 @@ and 3 seeds.
 import argparse
 import dataclasses
 import math
+from pathlib import Path
 
 import experiment
+import pictures
 import torch
 import torch.distributed as dist
 from digits import Digits, Run, build_mlp, constant, load_data, test_accuracy, train
@@ -28,8 +30,7 @@ from torch import Tensor, nn
 
 import syncbn
 
-LABELS = {"none": "no normalization", "local": "local BN", "sync": "SyncBN"}
-COLOURS = {"none": "tab:green", "local": "tab:blue", "sync": "tab:orange"}
+LABELS = pictures.labels("none", "local", "sync")
 RATE = 0.1  # where the scale of the weights is swept
 
 
@@ -157,42 +158,45 @@ def format_sweep(results: list[Result], swept: str, values: list[float]) -> str:
     return experiment.markdown([title, *(f"{label}, test %" for label in LABELS.values())], rows)
 
 
-def draw(args: argparse.Namespace, rows: list[Activation], results: list[Result], points: list[Point]) -> None:
-    """Draw one panel for each claim."""
-    ranks = dist.get_world_size()
-    title = f"Claims of batch norm, digits, {ranks} ranks with {args.samples} samples: {experiment.spread(results)}"
-    with experiment.picture(args.out / "claims.png", title, panels=4) as (first, second, third, fourth):
-        kinds = [("before", "global", "s"), ("after", "rank", "x"), ("after", "global", "o")]
-        for where, batch, marker in kinds:
+def draw(folder: Path) -> None:
+    """Draw one panel for each claim, from the CSVs."""
+    rows = experiment.read_csv(folder / "activations.csv", Activation)
+    results = experiment.read_csv(folder / "sweeps.csv", Result)
+    points = experiment.read_csv(folder / "curves.csv", Point)
+    epochs, title = results[0].epochs, f"Claims of batch norm, digits: {experiment.spread(results)}"
+    sweeps = {
+        swept: sorted({result.value for result in results if result.swept == swept}) for swept in ("rate", "scale")
+    }
+    with pictures.figure(folder / "claims.png", title, panels=4) as (first, second, third, fourth):
+        seen = {
+            ("before", "global"): pictures.look("none", label="before, all ranks"),
+            ("after", "rank"): pictures.look("sync", label="after, one rank alone", fillstyle="none"),
+            ("after", "global"): pictures.look("sync", label="after, all ranks"),
+        }
+        for (where, batch), look in seen.items():
             channels = [row for row in rows if (row.where, row.batch) == (where, batch)]
-            label = f"{where}, " + ("all ranks" if batch == "global" else "one rank alone")
-            first.plot([c.mean for c in channels], [c.std for c in channels], marker, ms=5, alpha=0.6, label=label)
-        first.set_xlabel("mean of a channel of the first layer")
-        first.set_ylabel("standard deviation")
-        first.legend()
-        for axis, swept, values in ((second, "rate", args.rates), (third, "scale", args.scales)):
-            for (norm, label), marker in zip(LABELS.items(), "Dos", strict=True):
-                means, stds = experiment.curves(results, "test_accuracy", "value", values, swept=swept, norm=norm)
-                axis.errorbar(values, means, stds, marker=marker, capsize=4, label=label, color=COLOURS[norm])
+            first.plot([c.mean for c in channels], [c.std for c in channels], **look, ls="")
+        first.set(xlabel="mean of a channel of the first layer", ylabel="standard deviation", ylim=(0, 2.3))
+        first.legend(loc="upper right")
+        for axis, (swept, values) in zip((second, third), sweeps.items(), strict=True):
+            for norm in LABELS:
+                curves = experiment.curves(results, "test_accuracy", "value", values, swept=swept, norm=norm)
+                axis.errorbar(values, *curves, **pictures.look(norm))
             axis.set_xscale("log")
-            axis.set_ylabel(f"test accuracy after {args.epochs} epochs (%)")
-            axis.legend()
+            axis.set_ylabel(f"test accuracy, {epochs} epochs (%)")
         second.set_xlabel("learning rate")
         third.set_xlabel(f"initial weights multiplied by (rate {RATE:g})")
-        epochs = list(range(1, args.epochs + 1))
-        for norm, label in LABELS.items():
-            best = best_rate(results, norm, args.rates)
+        for norm in LABELS:
+            best = best_rate(results, norm, sweeps["rate"])
             for rate, style in {RATE: "--", best: "-"}.items():
                 shown = [point for point in points if (point.rate, point.norm) == (rate, norm)]
                 if not shown or not all(math.isfinite(point.train_loss) for point in shown):
                     continue
-                means, stds = experiment.curves(shown, "train_loss", "epoch", epochs)
-                kind = f"{label}, rate {rate:g}" + (" (its best)" if rate == best else "")
-                fourth.errorbar(epochs, means, stds, ls=style, capsize=3, label=kind, color=COLOURS[norm])
-        fourth.set_yscale("log")
-        fourth.set_xlabel("epoch")
+                curves = experiment.curves(shown, "train_loss", "epoch", range(1, epochs + 1))
+                fourth.errorbar(range(1, epochs + 1), *curves, **pictures.look(norm, ls=style))
+        fourth.set(yscale="log", xlabel=f"epoch (dashed: rate {RATE:g}, solid: best rate)")
         fourth.set_ylabel("train loss (nats)")
-        fourth.legend(fontsize=7)
+        pictures.legend_below([second])
 
 
 Found = tuple[list[Activation], float, list[Result], list[Point]]
@@ -210,7 +214,7 @@ def report(args: argparse.Namespace, found: Found) -> None:
     experiment.write_csv(rows, args.out / "activations.csv")
     experiment.write_csv(results, args.out / "sweeps.csv")
     experiment.write_csv(points, args.out / "curves.csv")
-    draw(args, rows, results, points)
+    draw(args.out)
 
     def furthest(where: str, batch: str) -> str:
         shown = [row for row in rows if (row.where, row.batch) == (where, batch)]

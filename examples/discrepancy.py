@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import experiment
+import pictures
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
 
-LABELS = {"local": "local BN", "sync": "SyncBN"}
+LABELS = pictures.labels("local", "sync")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,37 +131,41 @@ def format_table(results: list[Result], samples: list[int]) -> str:
     return experiment.markdown(header, rows)
 
 
-def draw(results: list[Result], samples: list[int], path: Path) -> None:
+def draw(folder: Path) -> None:
     """Draw accuracy and loss by both kinds of statistics, and the distance, against samples per device."""
-    first = results[0]
+    results = experiment.read_csv(folder / "runs.csv", Result)
+    first, samples = results[0], sorted({result.samples_per_device for result in results})
     title = f"Train / test discrepancy, digits, {first.ranks} ranks: {experiment.spread(results)}"
     panels = [
         (("batch_accuracy", "running_accuracy"), "test accuracy (%)"),
         (("batch_loss", "running_loss"), "test loss (nats)"),
-        (("distance",), "distance of a batch's mean from the\nrunning one (running standard deviations)"),
+        (("distance",), "distance of a batch's mean from the\nrunning one (running std)"),
     ]
-    with experiment.picture(path, title, panels=3) as axes:
+    with pictures.figure(folder / "discrepancy.png", title, panels=3) as axes:
         for axis, (fields, label) in zip(axes, panels, strict=True):
-            for norm, colour in zip(LABELS, ("tab:blue", "tab:orange"), strict=True):
+            for norm in LABELS:
                 for field in fields:
-                    running = field.startswith("running")
-                    kind = "" if field == "distance" else ", running statistics" if running else ", batch statistics"
-                    means, stds = experiment.curves(results, field, "samples_per_device", samples, norm=norm)
-                    axis.errorbar(
-                        samples, means, stds, marker="os"[running], ls=["-", "--"][running], capsize=4, color=colour,
-                        label=LABELS[norm] + kind,
-                    )  # fmt: skip
-            experiment.powers_of_two(axis, samples, "samples per device")
+                    curves = experiment.curves(results, field, "samples_per_device", samples, norm=norm)
+                    if field == "distance":
+                        look = pictures.look(norm)
+                    elif field.startswith("running"):
+                        look = pictures.look(norm, label=f"{LABELS[norm]}, running statistics", ls="--", mfc="white")
+                    else:
+                        look = pictures.look(norm, label=f"{LABELS[norm]}, batch statistics")
+                    axis.errorbar(samples, *curves, **look)
+            pictures.powers_of_two(axis, samples, "samples per device")
             axis.set_ylabel(label)
-            axis.legend()
         axes[1].set_yscale("log")
         axes[2].set_yscale("log")
+        pictures.ticks(axes[2].yaxis, [0.05, 0.1, 0.2, 0.4])
+        pictures.legend_below(axes[:2], columns=2)
+        axes[2].legend()
 
 
 def report(args: argparse.Namespace, results: list[Result]) -> None:
     """Print the table and what it shows, and write the CSV and the picture."""
     experiment.write_csv(results, args.out / "runs.csv")
-    draw(results, args.samples, args.out / "discrepancy.png")
+    draw(args.out)
     print(format_table(results, args.samples))
     for norm, label in LABELS.items():
         gaps = []

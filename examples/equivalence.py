@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import experiment
+import pictures
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -157,26 +158,27 @@ def format_row(case: Case, difference: Difference, good: bool) -> str:
     return "| " + " | ".join([*cells, due, "yes" if good else "NO"]) + " |"
 
 
-def draw(steps: list[Step], world: int, path: Path) -> None:
-    """Draw the difference of the losses at each step, one panel for each precision."""
-    with experiment.picture(path, f"{world} ranks against one process with the whole batch of {TOTAL_BATCH}") as axes:
+def draw(folder: Path) -> None:
+    """Draw the difference of the losses at each step, one panel for each precision, from the CSV."""
+    steps = experiment.read_csv(folder / "steps.csv", Step)
+    title = f"Loss of several ranks less that of one process with the whole batch of {TOTAL_BATCH} (0 left out)"
+    with pictures.figure(folder / "equivalence.png", title) as axes:
         for axis, dtype in zip(axes, TOLERANCES, strict=True):
             name = str(dtype).removeprefix("torch.")
-            for norm, split, label, marker in (
-                ("local", "even", "local BN, the control", "x"),
-                ("sync", "uneven", "SyncBN, uneven split", "s"),
-                ("sync", "even", "SyncBN, even split", "o"),
+            for norm, split, more in (
+                ("local", "even", {"label": "local BN, the control"}),
+                ("sync", "uneven", {"label": "SyncBN, uneven split", "marker": "^", "mfc": "white"}),
+                ("sync", "even", {"label": "SyncBN, even split"}),
             ):
                 shown = [s for s in steps if (s.dtype, s.norm, s.split) == (name, norm, split)]
                 # Where the losses are equal to the bit there is nothing to draw on a logarithmic axis.
                 shown = [s for s in shown if s.loss_difference > 0]
-                axis.plot([s.step for s in shown], [s.loss_difference for s in shown], marker, ms=3, label=label)
-            axis.axhline(TOLERANCES[dtype], color="black", ls="--", lw=1, label=f"tolerance {TOLERANCES[dtype]:.0e}")
-            axis.set_yscale("log")
-            axis.set_title(name)
-            axis.set_xlabel("SGD step")
-            axis.set_ylabel("difference of the losses (nats; equal ones left out)")
-            axis.legend(fontsize=8, loc="center right")
+                look = pictures.look(norm, **more) | {"markersize": 3, "ls": ""}
+                axis.plot([s.step for s in shown], [s.loss_difference for s in shown], **look)
+            axis.axhline(TOLERANCES[dtype], color=pictures.LIMIT, ls="--", lw=1, label="tolerance")
+            axis.set(yscale="log", title=name, xlabel="SGD step")
+        axes[0].set_ylabel("|difference| (nats)")
+        pictures.legend_below(axes)
 
 
 def measure(args: argparse.Namespace) -> tuple[list[Step], int]:
@@ -203,7 +205,7 @@ def report(args: argparse.Namespace, found: tuple[list[Step], int]) -> None:
     """Write the CSV and the picture."""
     steps, _ = found
     experiment.write_csv(steps, args.out / "steps.csv")
-    draw(steps, dist.get_world_size(), args.out / "equivalence.png")
+    draw(args.out)
 
 
 def main() -> int:

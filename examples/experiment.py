@@ -1,25 +1,28 @@
-"""What the experiments share around their measurements: command line, ranks, progress, tables, CSV and pictures.
+"""What the experiments share around their measurements: command line, ranks, progress, tables and CSV.
 
 Not a script: the experiments beside it import it.
 """
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Found = TypeVar("Found")
+Row = TypeVar("Row", bound="DataclassInstance")
 
 OPTIONS = {
     "samples": "samples per device",
@@ -166,26 +169,9 @@ def write_csv(rows: Sequence[Any], path: Path) -> None:
         writer.writerows(dataclasses.asdict(row) for row in rows)
 
 
-@contextlib.contextmanager
-def picture(path: Path, title: str, panels: int = 2) -> Iterator[Any]:
-    """Give the axes of a row of panels to draw on, and save them as a PNG; makes the folder."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # ranks have no display
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4.2), layout="constrained")
-    yield axes
-    for axis in figure.axes:
-        axis.grid(alpha=0.3)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def powers_of_two(axis: Any, values: Sequence[int], label: str) -> None:
-    """Label a horizontal axis on which these values double."""
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(values, [str(value) for value in values])
-    axis.set_xlabel(label)
+def read_csv(path: Path, row: type[Row]) -> list[Row]:
+    """Return the lines of a file of `write_csv`, as dataclasses with columns of str, int, float, bool."""
+    read: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "bool": "True".__eq__}
+    kinds = {field.name: getattr(field.type, "__name__", str(field.type)) for field in dataclasses.fields(row)}
+    with path.open(newline="") as file:
+        return [row(**{name: read[kinds[name]](text) for name, text in line.items()}) for line in csv.DictReader(file)]

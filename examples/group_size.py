@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import experiment
+import pictures
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn.diagnostics import THRESHOLD, NoiseReport, measure_noise
+from syncbn.diagnostics.plot import draw as draw_noise
 
 NETWORKS = {"shallow": (128, 64), "deep": (128, 128, 128, 128, 64)}
 FULL = [("shallow", 1), ("shallow", 2), ("shallow", 4), ("deep", 2)]
@@ -250,54 +252,57 @@ def print_results(results: list[Result], answer: Answer) -> None:
     )
 
 
-def draw(results: list[Result], threshold: float, path: Path) -> None:
-    """Draw test accuracy and train loss against group size, and the accuracy lost against noise."""
+def draw(folder: Path) -> None:
+    """Draw test accuracy and train loss against group size, the accuracy lost against noise, and the last report."""
+    results = experiment.read_csv(folder / "runs.csv", Result)
+    threshold = experiment.read_csv(folder / "answers.csv", Answer)[0].threshold
     cases = sorted({(r.network, r.samples_per_device) for r in results}, reverse=True)
-    first = results[0]
+    first, sizes = results[0], sorted({r.group_size for r in results})
     title = f"Handwritten digits, {first.ranks} ranks, {first.epochs} epochs: {experiment.spread(results)}"
-    with experiment.picture(path, title, panels=3) as axes:
-        for network, samples in cases:
+    with pictures.figure(folder / "group_size.png", title, panels=3) as axes:
+        for i, (network, samples) in enumerate(cases):
             own = [r for r in results if (r.network, r.samples_per_device) == (network, samples)]
-            sizes = sorted({r.group_size for r in own})
-            style = {
-                "marker": {1: "o", 2: "s", 4: "^"}.get(samples, "D"),
-                "color": "tab:blue" if network == "shallow" else "tab:orange",
-                "ls": {1: ":", 2: "-", 4: "--"}.get(samples, "-."),
-                "label": f"{network}, {samples} per device",
-            }
+            mine = sorted({r.group_size for r in own})
+            dashed = {"ls": "--"} if network == "deep" else {}
+            look = pictures.other(i, len(cases), f"{network}, {samples} per device", **dashed)
             for axis, field in zip(axes, ("test_accuracy", "train_loss"), strict=False):
-                means, stds = experiment.curves(own, field, "group_size", sizes)
-                axis.errorbar(sizes, means, stds, capsize=3, **style)
-            full = experiment.over_seeds(own, "test_accuracy", group_size=max(sizes))[0]
-            lost = [full - experiment.over_seeds(own, "test_accuracy", group_size=k)[0] for k in sizes]
-            noises = [next(r.noise for r in own if r.group_size == k) for k in sizes]
-            axes[2].plot(noises, lost, **style)
+                axis.errorbar(mine, *experiment.curves(own, field, "group_size", mine), **look)
+            full = experiment.over_seeds(own, "test_accuracy", group_size=max(mine))[0]
+            lost = [full - experiment.over_seeds(own, "test_accuracy", group_size=k)[0] for k in mine]
+            noises = [next(r.noise for r in own if r.group_size == k) for k in mine]
+            axes[2].plot(noises, lost, **look)
         for axis, label in zip(axes, ("test accuracy (%)", "train loss, last epoch (nats)"), strict=False):
-            ticks = sorted({r.group_size for r in results})
-            experiment.powers_of_two(axis, ticks, "ranks that share statistics")
+            pictures.powers_of_two(axis, sizes, "ranks that share statistics")
             axis.set_ylabel(label)
         axes[1].set_yscale("log")
         axes[2].set_xscale("log")
         low, high = axes[2].get_xlim()
-        noises = [noise for noise in (0.1, 0.2, 0.3, 0.5, 1, 2, 5) if low < noise < high]
-        axes[2].set_xticks(noises, [f"{noise:g}" for noise in noises])
-        axes[2].set_xticks([], minor=True)
+        pictures.ticks(axes[2].xaxis, [n for n in (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5) if low < n < high])
         axes[2].set_yscale("symlog", linthresh=POINTS)
+        axes[2].set_ylim(-2 * POINTS, 100)
+        pictures.ticks(axes[2].yaxis, [-1, 0, 1, 10, 100])
         axes[2].set_xlabel("noise of the noisiest layer")
-        axes[2].set_ylabel("test accuracy below full synchronization (points)")
-        axes[2].axhline(POINTS, color="gray", lw=1)
-        axes[2].axvline(threshold, color="tab:red", ls="--", lw=1, label=f"threshold {threshold:g}")
-        axes[2].legend(fontsize=8)
+        axes[2].set_ylabel("test accuracy below\nfull synchronization (points)")
+        axes[2].axhline(POINTS, color=pictures.LIMIT, lw=1)
+        axes[2].axvline(threshold, color=pictures.LIMIT, ls="--", lw=1, label=f"threshold {threshold:g}")
+        pictures.legend_below(axes[2:], columns=3)
+    ends = [row for row in experiment.read_csv(folder / "noise.csv", Noise) if row.when == "end"]
+    network, samples = ends[-1].network, ends[-1].samples_per_device
+    curves: dict[str, list[tuple[int, float, float]]] = {}
+    for row in ends:
+        if (row.network, row.samples_per_device) == (network, samples):
+            curves.setdefault(row.layer, []).append((row.group_size, row.noise, row.noise_error))
+    title = f"Noise of batch statistics: {network} network, {samples} samples per device, trained"
+    draw_noise(curves, threshold, title, folder / "noise.png")
 
 
 @dataclasses.dataclass
 class Found:
-    """What all cases gave, and the noise report of the last one."""
+    """What all cases gave."""
 
     results: list[Result] = dataclasses.field(default_factory=list)
     noises: list[Noise] = dataclasses.field(default_factory=list)
     answers: list[Answer] = dataclasses.field(default_factory=list)
-    report: NoiseReport | None = None
 
 
 def sweep(args: argparse.Namespace) -> Found:
@@ -305,13 +310,13 @@ def sweep(args: argparse.Namespace) -> Found:
     data, found = load_data(), Found()
     groups = {k: dist.new_subgroups(k)[0] for k in group_sizes(2)}
     for network, samples in args.cases:
-        own, noises, answer, found.report = run_case(network, samples, groups, data, args)
+        own, noises, answer, noise_report = run_case(network, samples, groups, data, args)
         found.results += own
         found.noises += noises
         found.answers.append(answer)
         if dist.get_rank() == 0:
             print_results(own, answer)
-            print(found.report)
+            print(noise_report)
     return found
 
 
@@ -320,9 +325,7 @@ def report(args: argparse.Namespace, found: Found) -> None:
     experiment.write_csv(found.results, args.out / "runs.csv")
     experiment.write_csv(found.noises, args.out / "noise.csv")
     experiment.write_csv(found.answers, args.out / "answers.csv")
-    draw(found.results, args.threshold, args.out / "group_size.png")
-    assert found.report is not None
-    found.report.plot(args.out / "noise.png")
+    draw(args.out)
     held = sum(answer.within_one_point for answer in found.answers)
     print(
         f"\nThe recommended group size is within one point of full synchronization in {held} of {len(found.answers)}."

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import experiment
+import pictures
 import torch.distributed as dist
 from digits import Digits, Run, build_mlp, load_data, test_accuracy, train
 
@@ -96,21 +97,23 @@ def format_table(results: list[Result], steps: list[int]) -> str:
     return experiment.markdown(["steps", "running averages, test %", "population statistics, test %", "gain"], rows)
 
 
-def draw(results: list[Result], steps: list[int], path: Path) -> None:
-    """Draw both accuracies, and how far the running means are off, against the number of steps."""
+def draw(folder: Path) -> None:
+    """Draw both accuracies, and how far the running means are off, against the number of steps, from the CSV."""
+    results = experiment.read_csv(folder / "runs.csv", Result)
+    steps = sorted({result.steps for result in results})
     panels = [
-        [("population_accuracy", "population statistics"), ("running_accuracy", "running averages")],
-        [("offset_1", "first layer"), ("offset_2", "second layer")],
+        {"population_accuracy": "population statistics", "running_accuracy": "running averages"},
+        {"offset_1": "first layer", "offset_2": "second layer"},
     ]
-    title = f"Handwritten digits, {results[0].ranks} ranks, total batch {TOTAL_BATCH}"
-    with experiment.picture(path, f"{title}: {experiment.spread(results)}") as axes:
-        for axis, lines in zip(axes, panels, strict=True):
-            for (field, label), marker in zip(lines, "so", strict=True):
-                means, stds = experiment.curves(results, field, "steps", steps)
-                axis.errorbar(steps, means, stds, marker=marker, capsize=4, label=label)
+    fields = [field for panel in panels for field in panel]
+    title = f"Handwritten digits, {results[0].ranks} ranks, total batch {TOTAL_BATCH}: {experiment.spread(results)}"
+    with pictures.figure(folder / "population.png", title) as axes:
+        for axis, panel in zip(axes, panels, strict=True):
+            for field, label in panel.items():
+                look = pictures.other(fields.index(field), len(fields), label)
+                axis.errorbar(steps, *experiment.curves(results, field, "steps", steps), **look)
             axis.set_xscale("log")
-            axis.set_xticks(steps, [str(count) for count in steps])
-            axis.set_xticks([], minor=True)
+            pictures.ticks(axis.xaxis, steps)
             axis.set_xlabel("training steps")
             axis.legend()
         axes[0].set_ylabel("test accuracy (%)")
@@ -120,7 +123,7 @@ def draw(results: list[Result], steps: list[int], path: Path) -> None:
 def report(args: argparse.Namespace, results: list[Result]) -> None:
     """Print the table, and write the CSV and the picture."""
     experiment.write_csv(results, args.out / "runs.csv")
-    draw(results, args.steps, args.out / "population.png")
+    draw(args.out)
     print(format_table(results, args.steps))
 
 

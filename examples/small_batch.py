@@ -22,10 +22,11 @@ import dataclasses
 from pathlib import Path
 
 import experiment
+import pictures
 import torch.distributed as dist
 from digits import load_data, mlps, sweep, test_accuracy
 
-LABELS = {"local": "local BN", "sync": "SyncBN", "group": "GN(8)"}
+LABELS = pictures.labels("local", "sync", "group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,26 +65,27 @@ def measure(args: argparse.Namespace) -> list[Result]:
     ]
 
 
-def draw(results: list[Result], samples: list[int], path: Path) -> None:
-    """Draw test accuracy and train loss against samples per device, with error bars over seeds."""
-    first = results[0]
+def draw(folder: Path) -> None:
+    """Draw test accuracy and train loss against samples per device, with error bars over seeds, from the CSV."""
+    results = experiment.read_csv(folder / "runs.csv", Result)
+    first, samples = results[0], sorted({result.samples_per_device for result in results})
     title = f"Handwritten digits, {first.ranks} ranks, {first.epochs} epochs: {experiment.spread(results)}"
     panels = [("test_accuracy", "test accuracy (%)"), ("train_loss", "train loss, last epoch (nats)")]
-    with experiment.picture(path, title) as axes:
+    with pictures.figure(folder / "small_batch.png", title) as axes:
         for axis, (field, label) in zip(axes, panels, strict=True):
-            for (norm, name), marker in zip(LABELS.items(), "osD", strict=True):
+            for norm in LABELS:
                 means, stds = experiment.curves(results, field, "samples_per_device", samples, norm=norm)
-                axis.errorbar(samples, means, stds, marker=marker, capsize=4, label=name)
-            experiment.powers_of_two(axis, samples, "samples per device")
+                axis.errorbar(samples, means, stds, **pictures.look(norm))
+            pictures.powers_of_two(axis, samples, "samples per device")
             axis.set_ylabel(label)
         axes[1].set_yscale("log")
-        axes[0].legend()
+        pictures.legend_below(axes)
 
 
 def report(args: argparse.Namespace, results: list[Result]) -> None:
     """Print the table and what it shows, and write the CSV and the picture."""
     experiment.write_csv(results, args.out / "runs.csv")
-    draw(results, args.samples, args.out / "small_batch.png")
+    draw(args.out)
     print(experiment.accuracy_and_loss(results, LABELS, args.samples))
     least, most = min(args.samples), max(args.samples)
     local, sync, at_most = (
