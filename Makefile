@@ -111,6 +111,7 @@ experiments: $(STAMP) ## all experiments in full, into examples/results (about a
 
 pictures: $(STAMP) ## draw the pictures of results again, from their CSVs
 	$(BIN)/python examples/redraw.py
+	$(BIN)/python benchmarks/redraw.py
 
 clean: ## remove the environment and everything else that was made here
 	rm -rf $(VENV) $(OUT) build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -207,32 +207,29 @@ def run(world: int, backend: str, args: argparse.Namespace) -> list[dict[str, ob
     return [{**row, "busy": args.busy, "load": load} for row in rows]
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time against world size at 256 channels, and against channels on two ranks."""
-    import matplotlib
+def plot(path: Path) -> None:
+    """Time against world size at 256 channels, and against channels on two ranks, from the CSV."""
+    import pictures
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (by_world, by_channels) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for way in dict.fromkeys(row["way"] for row in rows if "BatchNorm" not in row["way"]):
-        style = {"marker": "o", "linestyle": "--" if "dist." in way or "raw" in way else "-", "label": way}
-        mine = [row for row in rows if row["way"] == way and row["channels"] == MAIN]
-        by_world.plot([row["ranks"] for row in mine], [row["us"] for row in mine], **style)
-        mine = [row for row in rows if row["way"] == way and row["ranks"] == 2]
-        by_channels.plot([row["channels"] for row in mine], [row["us"] for row in mine], **style)
-    worlds = sorted({row["ranks"] for row in rows})
-    by_world.set(xlabel="ranks", ylabel="µs per message (median)", title="256 channels")
-    by_channels.set(xlabel="channels", title="2 ranks")
-    for axes, ticks in ((by_world, worlds), (by_channels, CHANNELS)):
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.grid(alpha=0.3, which="both")
-    by_channels.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    cores = os.cpu_count() or 1
-    figure.suptitle(f"One synchronization message (2C + 1 float64) on one host of {cores} cores", fontsize=11)
-    figure.savefig(path, dpi=130)
+    rows = timing.read_csv(path)
+    title = f"One message (2C + 1 float64) between ranks of one host: {timing.where(rows)}"
+    carriers = ["sockets", "gloo", "mpi4py"]
+    markers = {"one hop": "o", "all_reduce": "s", "link": "s", "dist.all_reduce": "^", "dist.all_gather": "v"}
+    with pictures.figure(path.with_suffix(".png"), title, height=4.2) as (by_world, by_channels):
+        for way in dict.fromkeys(row["way"] for row in rows if "BatchNorm" not in row["way"]):
+            carrier, how = ("mpi4py", "raw") if way.startswith("raw") else way.split(" ", 1)
+            bare = {"ls": "--", "mfc": "white"} if how == "raw" or how.startswith("dist.") else {}
+            look = pictures.other(carriers.index(carrier), len(carriers), way, **bare)
+            look["marker"] = markers.get(how, "X")
+            mine = [row for row in rows if row["way"] == way and row["channels"] == MAIN]
+            by_world.plot([row["ranks"] for row in mine], [row["us"] for row in mine], **look)
+            mine = [row for row in rows if row["way"] == way and row["ranks"] == 2]
+            by_channels.plot([row["channels"] for row in mine], [row["us"] for row in mine], **look)
+        for axes, along, title in ((by_world, "ranks", f"{MAIN} channels"), (by_channels, "channels", "2 ranks")):
+            pictures.powers_of_two(axes, sorted({row[along] for row in rows}), along)
+            axes.set(yscale="log", title=title)
+        by_world.set_ylabel("µs per message (median)")
+        pictures.legend_below([by_world, by_channels], columns=3)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -275,7 +272,7 @@ def main() -> None:
         return
     rows = [row for world in args.worlds for backend in args.backends for row in launch(world, backend, args)]
     path = timing.write_csv(f"{args.name}.csv", rows)
-    plot(rows, path.with_suffix(".png"))
+    plot(path)
     print(f"{table(rows)}\n{added(rows)}\n{timing.machine()}\nwritten: {path}, {path.with_suffix('.png')}")
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ranks
@@ -40,6 +41,7 @@ SHAPES = {
     "unet": [(n, c, s, s) for n in (1, 2) for c, s in ((64, 128), (128, 64), (256, 32), (512, 16))],
     "mlp": [(n, c) for n in (1024, 16384) for c in (64, 256)] + [(n, 128, 1024) for n in (2, 16)],
 }
+SIDES = {"sync": "syncbn", "fairscale": "fairscale", "naive": "naive"}  # their columns, by their key in pictures
 
 
 class Side:
@@ -141,27 +143,33 @@ def table(rows: list[dict[str, Any]]) -> str:
     return timing.markdown(lines)
 
 
-def plot(rows: list[dict[str, object]], path: str) -> None:
-    """Bars of the ratio for forward + backward, contiguous beside channels_last."""
-    import matplotlib
+def plot(path: Path) -> None:
+    """A point for each shape, layer and layout, from the CSV: forward + backward, relative to nn.BatchNorm."""
+    import pictures
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shapes = list(dict.fromkeys(str(row["shape"]) for row in rows))
-    figure, axes = plt.subplots(figsize=(max(6.0, 0.9 * len(shapes) + 2), 4.2), layout="constrained")
-    for offset, layout in ((-0.2, "contiguous"), (0.2, "channels_last")):
-        found = {str(row["shape"]): row["both ratio"] for row in rows if row["layout"] == layout}
-        places = [shapes.index(shape) + offset for shape in found]
-        axes.bar(places, list(found.values()), 0.4, label=layout)
-    axes.axhline(1.0, color="black", linewidth=1)
-    axes.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
-    axes.set_ylabel("time, forward + backward,\nrelative to nn.BatchNorm without sync")
-    axes.set_xlabel(
-        f"input of each of {rows[0]['ranks']} rank(s), {rows[0]['threads']} thread(s), {rows[0]['backend']}"
-    )
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    rows = timing.read_csv(path)
+    shapes, first = list(dict.fromkeys(str(row["shape"]) for row in rows)), rows[0]
+    backend = "no peers" if first["backend"] == "none" else f"{first['ranks']} ranks over {first['backend']}"
+    threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)} each"
+    title = f"Forward + backward of a layer: {backend}, {threads}, {timing.where(rows)}"
+    sides = {side: key for side, key in SIDES.items() if f"{key} both us" in first}
+    with pictures.figure(path.with_suffix(".png"), title, 1, 1, height=1.5 + 0.3 * len(shapes)) as (axes,):
+        for side, key in sides.items():
+            for layout, lift, more in (("contiguous", 0.14, {}), ("channels_last", -0.14, {"mfc": "white"})):
+                found = [row for row in rows if row["layout"] == layout and row[f"{key} both us"] != ""]
+                ratios = [row[f"{key} both us"] / row["nn both us"] for row in found]
+                places = [shapes.index(str(row["shape"])) - lift for row in found]
+                if found:
+                    label = f"{pictures.METHODS[side].label}, {layout}"
+                    axes.plot(ratios, places, **pictures.look(side, label=label, ls="", ms=6, **more))
+        axes.axvline(1.0, color=pictures.METHODS["local"].colour, label="nn.BatchNorm, without sync")
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        pictures.ticks(axes.xaxis, [tick for tick in (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20) if low < tick < high])
+        axes.set_yticks(range(len(shapes)), shapes)
+        axes.invert_yaxis()
+        axes.set(xlabel="time, relative to nn.BatchNorm without synchronization", ylabel="input of each rank")
+        pictures.legend_below([axes], columns=3)
 
 
 def main() -> None:
@@ -199,7 +207,7 @@ def main() -> None:
     if ranks.is_first(group):
         name = f"layer-{'rivals' if args.rivals else args.shapes}-{args.backend}-{args.threads}t"
         path = timing.write_csv(f"{name}.csv", rows)
-        plot(rows, str(path.with_suffix(".png")))
+        plot(path)
         print(f"{table(rows)}\n{timing.machine()}\nwritten: {path} and {path.with_suffix('.png').name}")
 
 

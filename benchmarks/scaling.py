@@ -352,38 +352,41 @@ def join(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Model as lines, measurements as points: time with gloo, time on a fabric, bytes."""
-    import matplotlib
+def plot(path: Path) -> None:
+    """Model as lines, measurements as points, from the CSV: time with gloo, time on a fabric, bytes."""
+    import pictures
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (gloo, fabric, sizes) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
-    for i, name in enumerate(dict.fromkeys(row["pattern"] for row in rows)):
-        mine = [row for row in rows if row["pattern"] == name]
-        worlds, color = [row["ranks"] for row in mine], f"C{i}"
-        axes = gloo if name.startswith(("gloo", "sockets")) else fabric
-        axes.plot(worlds, [row["model us"] for row in mine], color=color, label=name)
-        sizes.plot(worlds, [row["bytes"] for row in mine], color=color, label=name)
-        seen = [row for row in mine if row["measured wall us"] != ""]
-        for key, marker in (("measured wall us", "o"), ("measured cpu us", "x")):
-            gloo.plot([row["ranks"] for row in seen], [row[key] for row in seen], marker, color=color)
-        seen = [row for row in seen if row["measured bytes"] != ""]
-        sizes.plot([row["ranks"] for row in seen], [row["measured bytes"] for row in seen], "o", color=color)
-    cores = os.cpu_count()
-    title = f"gloo, sockets (measured, {cores} cores: o wall, x processor)"
-    gloo.set(title=title, ylabel="µs per layer and step")
-    fabric.set(title="NCCL and MPI (model only)", ylabel="µs per layer and step")
-    sizes.set(title="bytes sent by a rank (points: measured)", ylabel="bytes per layer and step")
-    for axes in (gloo, fabric, sizes):
-        axes.set(xlabel="ranks", xscale="log", yscale="log")
-        axes.set_xticks([2, 8, 32, 128, 512, 4096], ["2", "8", "32", "128", "512", "4096"])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.suptitle(f"One layer of {CHANNELS} channels, forward and backward; lines: model", fontsize=11)
-    figure.savefig(path, dpi=130)
+    rows = timing.read_csv(path)
+    names = list(dict.fromkeys(row["pattern"] for row in rows))
+    algorithms = ["torch", "syncbn all_reduce", "syncbn one hop", "syncbn two levels"]
+    dashes = {"gloo": "-", "sockets": ":", "NCCL": "--", "MPI": "-."}
+    title = f"{CHANNELS} channels, forward + backward: model (lines), measured (points; {timing.where(rows)})"
+    with pictures.figure(path.with_suffix(".png"), title, panels=3, height=3.6) as (gloo, fabric, sizes):
+        for name in names:
+            mine = [row for row in rows if row["pattern"] == name]
+            carrier, algorithm = name.split(": ")
+            look = pictures.other(algorithms.index(algorithm), len(algorithms), name, ls=dashes[carrier])
+            measured = look | {"ls": "", "label": None} | ({"marker": "^"} if carrier == "sockets" else {})
+            look["marker"] = ""
+            axes, worlds = gloo if name.startswith(("gloo", "sockets")) else fabric, [row["ranks"] for row in mine]
+            axes.plot(worlds, [row["model us"] for row in mine], **look)
+            # Messages of one hop have the same bytes over gloo and over sockets: a wide line shows beneath another.
+            wide = {"lw": 5, "alpha": 0.35} if name.startswith("sockets") else {}
+            sizes.plot(worlds, [row["bytes"] for row in mine], **look | wide)
+            seen = [row for row in mine if row["measured wall us"] != ""]
+            for key, fill in (("measured wall us", {}), ("measured cpu us", {"mfc": "white"})):
+                gloo.plot([row["ranks"] for row in seen], [row[key] for row in seen], **measured | fill)
+            # What goes over Unix sockets does not show in the counters of the network.
+            seen = [row for row in seen if row["measured bytes"] != "" and "two levels" not in name]
+            if not name.startswith("sockets"):
+                sizes.plot([row["ranks"] for row in seen], [row["measured bytes"] for row in seen], **measured)
+        gloo.set(title="gloo, sockets (filled: wall, open: processor)", ylabel="µs per layer and step")
+        fabric.set(title="NCCL, MPI (model only)", ylabel="µs per layer and step")
+        sizes.set(title="bytes sent by a rank", ylabel="bytes per layer and step")
+        for axes in (gloo, fabric, sizes):
+            axes.set(xlabel="ranks", xscale="log", yscale="log")
+            pictures.ticks(axes.xaxis, [2, 8, 32, 128, 512, 4096])
+        pictures.legend_below([gloo, fabric, sizes], columns=3)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -419,7 +422,7 @@ def main() -> None:
         print(f"{row['pattern']:>25} W={row['ranks']:<3} {times} {size} {row['MB so far']:6.0f} MB")
     rows = join(measured)
     path = timing.write_csv("scaling.csv" if args.hosts == 1 else "scaling-hosts.csv", rows)
-    plot(rows, path.with_suffix(".png"))
+    plot(path)
     print(f"{table(rows)}\n{timing.machine()}\nwritten: {path}, {path.with_suffix('.png')}")
 
 

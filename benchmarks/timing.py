@@ -1,4 +1,4 @@
-"""What the benchmarks share: sides measured in turn, medians, the machine, CSV."""
+"""What the benchmarks share: sides measured in turn, medians, the machine, CSV, and the look of pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from syncbn.launch import MALLOC
 
 RESULTS = Path(__file__).parent / "results"
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # `pictures`: one look for benchmarks and experiments
 
 
 def keep_freed_memory() -> None:
@@ -97,3 +99,23 @@ def write_csv(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
             shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
             writer.writerow(shown | {"machine": machine()})
     return path
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of ``write_csv``; what reads as a number is one."""
+    with path.open(newline="") as file:
+        return [{key: _number(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def where(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The processor and the number of cores that the rows of a CSV were measured on."""
+    return str(rows[0]["machine"]).partition(", Python")[0].replace("(R)", "").replace(" Processor", "")

@@ -34,8 +34,9 @@ METHODS = {
     "frozen": Method("frozen statistics", "#cc79a7", "P"),
     "half": Method("SyncBN over half the ranks", "#332288", "<"),
     "shuffled": Method("shuffled BN", "#a58b00", ">"),
+    "torch": Method("nn.SyncBatchNorm", "#117733", "d"),
     "fairscale": Method("fairscale", "#882255", "v"),
-    "naive": Method("naive, of all-reduces", "#44aa99", "^"),
+    "naive": Method("naive", "#44aa99", "^"),
 }
 MARKERS = "osD^vXP<>"
 LIMIT = "#6b6b6b"  # thresholds, tolerances and other lines that are not measured

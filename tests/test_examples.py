@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import shutil
-import struct
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -106,26 +104,6 @@ def test_every_result_is_shown_and_repeatable() -> None:
     assert shown == {str(path.relative_to(results)) for path in results.glob("*/*.png")}
     made = set(re.findall(r"--out examples/results/(\w+)", (ROOT / "Makefile").read_text()))
     assert made == {path.name for path in results.iterdir() if path.is_dir()}
-
-
-def test_pictures_come_from_the_csvs(tmp_path: Path) -> None:
-    """Each is drawn again from its folder's CSVs alone, at most 1200 pixels wide: legible where it is shown at 700."""
-    shutil.copytree(EXAMPLES / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.png", "*.md"))
-    folders = sorted((tmp_path / "results").iterdir())
-    must(commands.run(sys.executable, EXAMPLES / "redraw.py", *folders, env=environment()))
-    drawn = {path.relative_to(tmp_path / "results"): path.read_bytes() for path in tmp_path.rglob("*.png")}
-    assert set(drawn) == {path.relative_to(EXAMPLES / "results") for path in EXAMPLES.glob("results/*/*.png")}
-    for name, picture in drawn.items():
-        width, height = struct.unpack(">II", picture[16:24])
-        shown = struct.unpack(">II", (EXAMPLES / "results" / name).read_bytes()[16:24])
-        assert width <= 1200 and height <= 1200 and shown == (width, height), name
-
-
-def test_each_method_has_a_colour_of_its_own(modules: dict[str, ModuleType]) -> None:
-    import pictures
-
-    for column in ("label", "colour"):
-        assert len({getattr(method, column) for method in pictures.METHODS.values()}) == len(pictures.METHODS)
 
 
 @pytest.mark.integration
