@@ -29,7 +29,7 @@ from triton.runtime import driver
 
 from syncbn.kernels import triton as kernels
 from syncbn.memory import Running
-from syncbn.messages import Message, Shared
+from syncbn.messages import Message, Report, Shared
 from syncbn.wire import SLOTS
 
 CALL = 16  # bytes of stack that a call of the float64 division may take
@@ -39,12 +39,15 @@ SHAPES = [LARGE, (64, 512, 28, 28), (64, 1024, 14, 14), (64, 2048, 7, 7), (2, 64
 
 
 @contextmanager
-def recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+def recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], int]]]:
     """Within it nothing is launched; what would have been is in the list."""
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    launches: list[tuple[Any, tuple[Any, ...], int]] = []
 
-    def record(device: torch.device, kernel: Any, number: int, *args: Any, **options: Any) -> None:
-        launches.append((kernel, args, options))
+    def record(
+        layout: Any, like: torch.Tensor, kernel: Any, number: int, tensors: Any, numbers: Any, constants: Any,
+        warps: int = 4,
+    ) -> None:  # fmt: skip
+        launches.append((kernel, (*tensors, *numbers, *constants), warps))
 
     original, kernels._launch = kernels._launch, record
     try:
@@ -67,12 +70,13 @@ def step(shape: tuple[int, ...], dtype: torch.dtype, columns: bool, relu: bool, 
     batches = torch.zeros((), dtype=torch.int64)
     running = Running(torch.empty(channels), torch.empty(channels), None if half else 0.1, batches)
     kernels.pack_moments(x, None, message)
-    shared = Shared(message.payload[None], True)
+    report = Report(torch.empty(8, dtype=torch.float64), 1, 2)
+    shared = Shared(message.payload[None], True, report)
     _, stats, _ = kernels.normalize_shared(x, None, shared, weight, bias, residual, relu, 1e-5, running)
     args = kernels.operands(g, x, None, stats, weight, bias, residual, relu)
     dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
     kernels.pack_gradient_sums(args, backward, dtypes)
-    kernels.shared_input_gradient(args, Shared(backward.payload[None], True), relu)
+    kernels.shared_input_gradient(args, Shared(backward.payload[None], True, report), relu)
     mean, invstd, count = stats[:channels], stats[channels:-1], stats[-1]
     kernels.moments(x)
     kernels.normalize(x, mean, invstd, weight, bias, residual, relu)
@@ -109,16 +113,15 @@ def variants(quick: bool) -> Iterator[tuple[str, int, Any]]:
               for columns in (False, True) for relu in (False, True)]  # fmt: skip
     if quick:
         cases = [((64, 48, 3, 5), torch.float16, True, True, True)]
-    shipped = kernels._WIDE
+    shipped = kernels.SIZES
     for wide in (False,) if quick else (False, True):
         for shape, dtype, columns, relu, half in cases[:: 9 if wide else 1]:
-            kernels._WIDE = 0 if wide else shipped
+            kernels.SIZES = shipped._replace(wide=0) if wide else shipped
             with recorded() as launches:
                 step(shape, dtype, columns, relu, half)
-            kernels._WIDE = shipped
-            for kernel, args, options in launches:
-                warps = options.pop("warps", 4)
-                compiled = kernel.warmup(*args, grid=(1,), num_warps=warps, **kernels.OPTIONS, **options)
+            kernels.SIZES = shipped
+            for kernel, args, warps in launches:
+                compiled = kernel.warmup(*args, grid=(1,), num_warps=warps, **kernels.OPTIONS)
                 what = f"{kernel.__name__} {'x'.join(map(str, shape))} {'columns' if columns else 'rows'} {dtype}"
                 what = what.replace("torch.", "") + (" relu" if relu else "") + (" wide" if wide else "")
                 if compiled.hash not in seen:

@@ -219,9 +219,9 @@ def launches_seen() -> Iterator[list[str]]:
     seen: list[str] = []
     launch, reduce = triton._launch, comm.AllReduce._reduce
 
-    def counted_launch(device: torch.device, kernel: Any, number: int, *args: Any, **options: Any) -> None:
+    def counted_launch(layout: Any, like: Tensor, kernel: Any, *args: Any, **options: Any) -> None:
         seen.append(kernel.__name__)
-        launch(device, kernel, number, *args, **options)
+        launch(layout, like, kernel, *args, **options)
 
     def counted_reduce(self: Any, *args: Any) -> None:
         seen.append("sum")
@@ -377,7 +377,7 @@ def main() -> None:
         from syncbn.kernels import triton
 
         kernels._interpreted = True
-        triton._WHOLE = 0
+        triton.SIZES = triton.SIZES._replace(whole=0)
         cpu = torch.device("cpu")  # with the link of a device
         comm._links[dist.group.WORLD] = {cpu: AllReduceOnDevice(dist.group.WORLD, cpu)}
     rows: list[dict[str, object]] = []

@@ -366,7 +366,51 @@ def is_capturing(device: torch.device) -> bool:
     if device.type == "cpu":
         return False
     asked = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
-    return asked is not None and bool(asked())
+    if asked is None:
+        return False
+    if not is_elsewhere(device):
+        return bool(asked())
+    with on_device(device):
+        return bool(asked())
+
+
+def is_elsewhere(device: torch.device) -> bool:
+    """Whether a device is not the current one of its type, by which streams are asked for and kernels are launched.
+
+    A model may live on another device than that of ``torch.cuda.set_device``. Fallback: it is the current one.
+    """
+    if device.type == "cpu" or device.index is None:
+        return False
+    current = getattr(getattr(torch, device.type, None), "current_device", None)
+    return current is not None and current() != device.index
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Within it, a device is the current one of its type. Fallback: whichever is."""
+    made = getattr(getattr(torch, device.type, None), "device", None)
+    return contextlib.nullcontext() if made is None or device.index is None else made(device)
+
+
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def raw_stream(device: torch.device) -> int:
+    """The handle of a CUDA device's current stream; 0, which is the default one, for others.
+
+    Fallback: by way of an object for the stream, which takes a microsecond more.
+    """
+    if device.type != "cuda":
+        return 0
+    if _raw_stream is None:
+        return int(torch.cuda.current_stream(device).cuda_stream)
+    return int(_raw_stream(device.index))
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done all that was asked of it. Fallback: do not, as on a CPU."""
+    wait = getattr(getattr(torch, device.type, None), "synchronize", None)
+    if wait is not None and device.type != "cpu":
+        wait(device)
 
 
 def has_float64(device: torch.device) -> bool:

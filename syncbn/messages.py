@@ -36,6 +36,28 @@ class Message(NamedTuple):
     number: int = 0
 
 
+class Report:
+    """Where a kernel that reads a sum on a device tells the host what the check slots in front of it say.
+
+    Attributes:
+        record: 8 float64 in memory of the host that kernels write to: where the slots say that ranks differ, refuse or
+            are not finite, ``exchange`` and behind it the slots; 0 in front where there is nothing to tell.
+        exchange: the link's number for the exchange, above 0.
+        ranks: how many are in the sum.
+        unread: whether no kernel has been asked to look so far.
+    """
+
+    __slots__ = ("exchange", "ranks", "record", "unread")
+
+    def __init__(self, record: Tensor, exchange: int, ranks: int) -> None:
+        self.record, self.exchange, self.ranks, self.unread = record, exchange, ranks, True
+
+    def taken(self) -> tuple[Tensor, int, int]:
+        """``(record, exchange, ranks)``, for a kernel that looks at the slots."""
+        self.unread = False
+        return self.record, self.exchange, self.ranks
+
+
 class Shared(NamedTuple):
     """The numbers of all ranks.
 
@@ -43,10 +65,12 @@ class Shared(NamedTuple):
         parts: float64, shape ``(W, width)`` with the payload of each rank in rank order, or ``(1, width)`` with their
             sum. Rows are contiguous, their distance is any. Valid until the next exchange of the link.
         raw: as in ``Message``.
+        report: of a sum on a device, for a kernel to say what its check slots say: they lie in front of it.
     """
 
     parts: Tensor
     raw: bool
+    report: Report | None = None
 
     def on(self, device: torch.device) -> Shared:
         """The same on a device."""

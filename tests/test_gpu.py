@@ -23,7 +23,7 @@ from helpers.commands import PROGRAMS, environment, must
 from helpers.links import forced
 from helpers.oracle import assert_matches, step, whole_batch
 from helpers.ranks import run_ranks
-from syncbn import kernels
+from syncbn import comm, kernels
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device(os.environ.get("SYNCBN_TEST_DEVICE", "cuda"))
@@ -104,24 +104,61 @@ def test_the_kernels(what: str) -> None:
 
 
 @needs_cuda
-def test_large_inputs_agree_with_torch() -> None:
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", [(64, 256, 56, 56), (1 << 16, 4, 1, 9000)], ids=str)
+def test_large_inputs_agree_with_torch(shape: tuple[int, ...], form: torch.memory_format) -> None:
     """Many programs, of which some take several runs; and offsets beyond 32 bits."""
-    for shape in ((64, 256, 56, 56), (1 << 16, 2, 1, 9000)):
-        if torch.cuda.mem_get_info()[0] < 12 * torch.Size(shape).numel():
-            pytest.skip("not enough memory on this device")
-        x = torch.randn(shape, device="cuda", dtype=torch.bfloat16).add_(3)
-        packed = kernels.moments(x)
-        channels, count = shape[1], x.numel() // shape[1]
-        assert packed[0] == count
-        parts = torch.stack([part.double().sum((0, 2, 3)) for part in x.split(1024)]).sum(0) / count
-        torch.testing.assert_close(packed[1 : channels + 1], parts, rtol=1e-6, atol=0)
-        mean, invstd = packed[1 : channels + 1], (packed[channels + 1 :] / count + 1e-5).rsqrt()
-        y = kernels.normalize(x, mean, invstd, None, None)
-        for piece in (slice(0, 2), slice(-2, None)):
-            vectors = mean.view(1, -1, 1, 1), invstd.view(1, -1, 1, 1)
-            expected = (x[piece].double() - vectors[0]) * vectors[1]
-            torch.testing.assert_close(y[piece].double(), expected, rtol=1e-2, atol=1e-4)
-        del x, y
+    if torch.cuda.mem_get_info()[0] < 10 * torch.Size(shape).numel():
+        pytest.skip("not enough memory on this device")
+    x, grad = (torch.empty(shape, device="cuda", dtype=torch.bfloat16, memory_format=form) for _ in range(2))
+    x.normal_(3), grad.normal_(1)
+    packed = kernels.moments(x)
+    channels, count = shape[1], x.numel() // shape[1]
+    assert packed[0] == count
+    pieces = list(zip(x.split(1024), grad.split(1024), strict=True))
+    exact = torch.stack([part.double().sum((0, 2, 3)) for part, _ in pieces]).sum(0) / count
+    mean, invstd = packed[1 : channels + 1], (packed[channels + 1 :] / count + 1e-5).rsqrt()
+    torch.testing.assert_close(mean, exact, rtol=1e-6, atol=0)
+    vectors = mean.view(1, -1, 1, 1), invstd.view(1, -1, 1, 1)
+    y = kernels.plain(x).normalize(x, mean, invstd, None, None)
+    sums = kernels.plain(x).gradient_sums(grad, x, mean, invstd)
+    exact_sums = torch.zeros_like(sums)
+    for part, g in pieces:
+        products = g.double() * (part.double() - vectors[0]) * vectors[1]
+        exact_sums += torch.cat([g.double().sum((0, 2, 3)), products.sum((0, 2, 3))])
+        del products
+    torch.testing.assert_close(sums[:channels], exact_sums[:channels], rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums[channels:], exact_sums[channels:], rtol=1e-4, atol=1e-5 * count**0.5)
+    dx = kernels.plain(x).input_gradient(grad, x, mean, invstd, None, sums, packed[0])
+    level, slope = (v.view(1, -1, 1, 1) / count for v in sums.chunk(2))
+    for piece in (slice(0, 2), slice(-2, None)):
+        normal = (x[piece].double() - vectors[0]) * vectors[1]
+        torch.testing.assert_close(y[piece].double(), normal, rtol=1e-2, atol=1e-4)
+        expected = vectors[1] * (grad[piece].double() - level - normal * slope)
+        torch.testing.assert_close(dx[piece].double(), expected, rtol=1e-2, atol=1e-4)
+
+
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one(world: dist.ProcessGroup) -> None:
+    """A model on the second device, in a program that sets none: values, late checks and a graph."""
+    assert torch.cuda.current_device() == 0
+    x, g = torch.randn(8, 12, 5, 7), torch.randn(8, 12, 5, 7)
+    layer = syncbn.SyncBatchNorm(12, device="cuda:1")
+    given = x.to("cuda:1").requires_grad_(), g.to("cuda:1")
+    result = step(layer, *given)
+    assert_on_gpu_matches([result], whole_batch([x], [g]), x.dtype)
+    for _ in range(2):
+        step(layer, *given)
+    comm.link_of(world, given[0].device).settle()
+    with torch.cuda.device(1):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(given[0])
+        graph.replay()
+        torch.cuda.synchronize()
+    torch.testing.assert_close(y.detach().cpu(), result["y"].cpu())
+    assert torch.cuda.current_device() == 0
 
 
 @needs_cuda

@@ -8,9 +8,11 @@ something that this package uses; the fallback keeps users going meanwhile.
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
 import functools
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -387,6 +389,42 @@ def test_any_accelerator_is_asked_for_captures(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(getattr(torch, kind), "is_current_stream_capturing", lambda: True)
         assert _torch.is_capturing(torch.device(kind))
     assert not _torch.is_capturing(torch.device("mps")) and not _torch.is_capturing(torch.device("meta"))
+
+
+def test_another_device_than_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the current stream is asked of the device's own: a model may live elsewhere."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
+    here, there = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert _torch.is_elsewhere(there) and not _torch.is_elsewhere(here)
+    assert not _torch.is_elsewhere(CPU) and not _torch.is_elsewhere(torch.device("cuda"))
+    assert _torch.is_capturing(there) and not _torch.is_capturing(here) and current == [0]
+    with _torch.on_device(there):
+        assert current == [1] and not _torch.is_elsewhere(there)
+    with _torch.on_device(CPU):
+        assert current == [0]
+
+
+def test_streams_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    _torch.wait_for(torch.device("cuda", 1)), _torch.wait_for(CPU), _torch.wait_for(torch.device("meta"))
+    assert waited == [torch.device("cuda", 1)]
+    assert _torch.raw_stream(CPU) == 0
+    monkeypatch.setattr(_torch, "_raw_stream", lambda index: 100 + index)
+    assert _torch.raw_stream(torch.device("cuda", 1)) == 101
+    monkeypatch.setattr(_torch, "_raw_stream", None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=200 + device.index))
+    assert _torch.raw_stream(torch.device("cuda", 1)) == 201
 
 
 def test_has_float64(monkeypatch: pytest.MonkeyPatch) -> None:

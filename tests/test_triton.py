@@ -37,6 +37,17 @@ def test_in_the_interpreter(what: str) -> None:
     assert " passed" in said and "skipped" not in said
 
 
+def test_launches_without_the_search_for_kernels() -> None:
+    """All tests of programs/device/launches.py: compiled, and launched on a driver that only takes notes."""
+    said = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/programs/device/launches.py", interpret=False)
+    assert " passed" in said and "skipped" not in said
+
+
+def test_the_benchmark_of_host_time() -> None:
+    said = python("benchmarks/host.py", "--rounds", "1", "--calls", "3", interpret=False)
+    assert "layer               everything" in said and "now both us" in said
+
+
 def test_the_benchmark_without_a_gpu() -> None:
     """Results checked and launches counted, end to end, on tiny shapes; nothing is timed."""
     options = "--interpret", "--layouts", "NHWC", "--dtypes", "float32"

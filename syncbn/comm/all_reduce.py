@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import ctypes
 import time
 import weakref
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from syncbn.comm.gloo import Gloo, is_gloo
 from syncbn.comm.post_mortem import Note, culprits
 from syncbn.comm.waiting import bury, interruptible, is_of_backend
 from syncbn.errors import RankMismatchError
-from syncbn.messages import Message, Shared
+from syncbn.messages import Message, Report, Shared
 from syncbn.wire import BUCKET, FORWARD, MOMENTS, SLOTS, Call
 
 
@@ -173,64 +174,136 @@ class AllReduceOnHost(AllReduce):
 
 
 class AllReduceOnDevice(AllReduce):
-    """Messages on a device. To check the slots at once would wait for it: they are copied to the host in the background
-    and looked at in later exchanges, as soon as they have arrived; ``SYNCBN_CHECKS=sync`` checks at once. A warning of
-    ranks whose statistics are not finite comes then, too.
+    """Messages on a device. To check the slots at once would wait for it (``SYNCBN_CHECKS=sync`` does). Else a kernel
+    that reads the sum looks at them too, and writes to memory of the host if they say anything (``Report``); the host
+    looks at one word of it in each exchange. Where no kernel looked, the slots are copied in the background, and read
+    in later exchanges, as soon as they have arrived. A warning of ranks whose statistics are not finite comes then.
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
         super().__init__(group, device)
+        self._options.asyncOp = False  # on the current stream: nothing is to run beside the sum, which is waited for
         self._late: collections.deque[tuple[Any, Tensor, Call, int, int]] = collections.deque()
+        self._like: Tensor | None = None  # a tensor like messages
+        self._record: Tensor | None = None
+        self._word = ctypes.c_double()  # the first of the record
+        self._latest: list[tuple[Call, int, int] | None] = [None] * _LATEST
+        self._captured: list[tuple[Call, int, int]] = []  # in CUDA graphs, which are run any number of times
+        self._unread: tuple[Report, Tensor, Call, int, int] | None = None  # of the last exchange
 
     def message(self, width: int, call: Call) -> Message:
         self._check_ready(call, width)
-        whole = torch.empty(wire.summed_length(width), dtype=torch.float64, device=self.device)
-        return Message(whole, whole[SLOTS : SLOTS + width], True, _tag(call, width), self.rank + 1)
+        if self._like is None:
+            self._prepare()
+        assert self._like is not None
+        whole = self._like.new_empty(_summed_length(width))
+        return Message(whole, whole.as_strided((width,), (1,), SLOTS), True, _tag(call, width), self.rank + 1)
 
     def share(self, message: Message, call: Call) -> Shared:
-        width = message.payload.numel()
+        width = message.payload.shape[0]
         self._check_alive(call, width)
         self.broke_off = False
         capturing = _torch.is_capturing(self.device)
         if not capturing:
-            self._check_late()
+            self._look()
+        report = None
         try:
             self._reduce(message.whole, call, width)
-            slots = message.whole[:SLOTS]
-            if self._checks == "sync" and not capturing:
-                self._check(slots.tolist(), call, width, self.exchanges)
-            elif self._checks == "on" and not capturing:
-                self._check_later(slots, call, width)
+            if self._checks == "on":
+                report = self._expect(message.whole, call, width, capturing)
+            elif self._checks == "sync" and not capturing:
+                self._check(message.whole[:SLOTS].tolist(), call, width, self.exchanges)
             self.exchanges += 1
         except BaseException as error:
             self._leave(error, call, width)
             raise
-        return Shared(message.payload[None], raw=True)
-
-    def _first_length(self, width: int) -> int:
-        return wire.summed_length(width)
+        return Shared(message.payload[None], True, report)
 
     def settle(self) -> None:
+        self._look()
+        if self._record is not None:
+            _torch.wait_for(self.device)
+            self._look()
         while self._late:
             self._late[0][0].synchronize()
             self._check_late()
 
-    def _check_later(self, slots: Tensor, call: Call, width: int) -> None:
+    def _first_length(self, width: int) -> int:
+        return _summed_length(width)
+
+    def _wait(self, work: Any) -> None:
+        if work is not None:  # as some backends return for what is in order on the stream
+            work.wait()
+
+    def _prepare(self) -> None:
+        """Make what is kept, outside of modes and of graphs, which would keep it for themselves."""
+        with _torch.outside_modes():
+            self._like = torch.empty(1, dtype=torch.float64, device=self.device)
+            if self.device.type in ("cpu", "cuda") and not _torch.is_capturing(self.device):
+                self._record = torch.zeros(8, dtype=torch.float64, pin_memory=self.device.type == "cuda")
+                self._word = ctypes.c_double.from_address(self._record.data_ptr())
+
+    def _expect(self, whole: Tensor, call: Call, width: int, capturing: bool) -> Report | None:
+        """Ask whoever reads the sum to look at the slots in front of it."""
+        number = self.exchanges
+        if self._record is None:
+            if not capturing:
+                self._check_later(whole[:SLOTS], call, width, number)
+            return None
+        if capturing:
+            self._captured.append((call, width, number))
+            return Report(self._record, _LATEST + len(self._captured), self.size)
+        self._latest[number % _LATEST] = call, width, number
+        report = Report(self._record, number % _LATEST + 1, self.size)
+        self._unread = report, whole, call, width, number
+        return report
+
+    def _look(self) -> None:
+        """See what is known of exchanges so far, without waiting."""
+        if self._unread is not None:
+            report, whole, call, width, number = self._unread
+            self._unread = None
+            if report.unread:
+                self._check_later(whole[:SLOTS], call, width, number)
+        if self._word.value:
+            self._read_record()
+        if self._late:
+            self._check_late()
+
+    def _read_record(self) -> None:
+        assert self._record is not None
+        time.sleep(0.001)  # the slots were stored first, but may arrive a little later
+        exchange, *slots = self._record[: SLOTS + 1].tolist()
+        self._record.zero_()
+        index = int(exchange) - 1
+        known = self._captured[index - _LATEST] if index >= _LATEST else self._latest[index]
+        assert known is not None
+        self._judge(slots, *known)
+
+    def _check_later(self, slots: Tensor, call: Call, width: int, number: int) -> None:
         if self.device.type != "cuda":
             return
-        on_host = torch.empty(SLOTS, dtype=torch.float64, pin_memory=True)
-        on_host.copy_(slots, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(self.device))
-        self._late.append((arrived, on_host, call, width, self.exchanges))
+        with _torch.on_device(self.device):
+            on_host = torch.empty(SLOTS, dtype=torch.float64, pin_memory=True)
+            on_host.copy_(slots, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(self.device))
+        self._late.append((arrived, on_host, call, width, number))
 
     def _check_late(self) -> None:
         while self._late and self._late[0][0].query():
             _, slots, call, width, number = self._late.popleft()
-            values = slots.tolist()
-            self._check(values, call, width, number)
-            if values[4] and call.kind in (FORWARD, MOMENTS):
-                self.warn_broken(None, call.layer)
+            self._judge(slots.tolist(), call, width, number)
+
+    def _judge(self, slots: list[float], call: Call, width: int, number: int) -> None:
+        self._check(slots, call, width, number)
+        if slots[4] and call.kind in (FORWARD, MOMENTS):
+            self.warn_broken(None, call.layer)
+
+
+_LATEST = 4096  # exchanges whose calls are remembered: a device is never so many behind its host
+
+_summed_length = lru_cache(maxsize=4096)(wire.summed_length)
 
 
 @lru_cache(maxsize=4096)

@@ -17,38 +17,56 @@ A small input is measured by one program, which writes the message itself. docs/
 why. How many programs share a reduction depends on the shape alone, and no floats are added atomically: results are the
 same in every run and on every device. Nothing waits for the device, and nothing is copied to it.
 
-``syncbn.kernels.triton_kernels`` has the kernels. Everything is launched through ``_launch``.
+``syncbn.kernels.triton_kernels`` has the kernels. Everything is launched through ``_launch``. What a shape leads to is
+worked out once (``_layout``), and compiled kernels are kept with it, since Triton takes long to find them again.
 """
 
-from functools import lru_cache
+from __future__ import annotations
+
+import logging
+import operator
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from syncbn import _torch
 from syncbn.channels import has_columns
 from syncbn.kernels import triton_kernels
 from syncbn.kernels.operands import Operands
 from syncbn.memory import Running
-from syncbn.messages import Message, Shared
+from syncbn.messages import Message, Report, Shared
 
 fuses_relu = True
 
 RUN = triton_kernels.RUN.value
 
-# Bytes of a tile: 64 for each of 128 threads, in four loads of 16 bytes at a time. Two tensors share them in backward.
-_TILE = 8192
-# Programs of a reduction, all of which run at once: about four for each multiprocessor of a large GPU.
-_PROGRAMS = 512
-# Tiles that a program of an element-wise kernel works on at most, for its work per channel to be little beside them.
-_TILES = 8
-# Elements up to which one program measures the whole input, if it has few channels: a launch less.
-_WHOLE = 1 << 14
-_WHOLE_CHANNELS = 512
-_WHOLE_TILE = 4096
-# Elements from which on offsets take 64 bits; below 2^31, for the last tiles reach beyond the end.
-_WIDE = (1 << 31) - (1 << 24)
 
+class Sizes(NamedTuple):
+    """How the work is divided, in general.
+
+    Attributes:
+        tile: bytes of a tile: 64 for each of 128 threads, in four loads of 16 bytes at a time. Two tensors share them
+            in backward.
+        programs: of a reduction, all of which run at once: about four for each multiprocessor of a large GPU.
+        tiles: that a program of an element-wise kernel works on at most, for its work per channel to be little beside
+            them.
+        whole: elements up to which one program measures the whole input, if it has few channels: a launch less.
+        whole_channels, whole_tile: of that program.
+        wide: elements from which on offsets take 64 bits; below 2^31, for the last tiles reach beyond the end.
+    """
+
+    tile: int = 8192
+    programs: int = 512
+    tiles: int = 8
+    whole: int = 1 << 14
+    whole_channels: int = 512
+    whole_tile: int = 4096
+    wide: int = (1 << 31) - (1 << 24)
+
+
+SIZES = Sizes()
 
 # Multiplications and additions in one, of which nothing here depends that must agree in forward and backward: these
 # are written so.
@@ -75,29 +93,24 @@ class _Geometry(NamedTuple):
         return self.images, self.channels, self.units
 
     @property
-    def tile(self) -> dict[str, Any]:
-        return {
-            "COLUMNS": self.columns, "ALIGN": self.align, "BC": self.bc, "BN": self.bn, "BP": self.bp,
-            "WIDE": self.wide,
-        }  # fmt: skip
+    def tile(self) -> tuple[Any, ...]:
+        """COLUMNS, ALIGN, BC, BN, BP, WIDE: constants of all kernels that see the input."""
+        return self.columns, self.align, self.bc, self.bn, self.bp, self.wide
 
-    def splits(self) -> int:
+    def splits(self, sizes: Sizes) -> int:
         """Into how many parts a reduction is divided: programs per block of channels."""
-        return max(1, min(self.items, _PROGRAMS // self.blocks))
+        return max(1, min(self.items, sizes.programs // self.blocks))
 
-    def per_split(self) -> int:
+    def per_split(self, sizes: Sizes) -> int:
         """Items of a program of an element-wise kernel."""
-        return max(1, min(_TILES, self.items * self.blocks // (2 * _PROGRAMS)))
+        return max(1, min(sizes.tiles, self.items * self.blocks // (2 * sizes.programs)))
 
-    def programs(self) -> int:
+    def programs(self, sizes: Sizes) -> int:
         """Programs of an element-wise kernel; one for each block of channels at least."""
-        return self.blocks * max(1, -(-self.items // self.per_split()))
+        return self.blocks * max(1, -(-self.items // self.per_split(sizes)))
 
 
-@lru_cache(maxsize=4096)
-def _cut(
-    images: int, channels: int, size: int, columns: bool, elements: int, programs: int, wide_from: int
-) -> _Geometry:
+def _cut(images: int, channels: int, size: int, columns: bool, elements: int, sizes: Sizes) -> _Geometry:
     """Tiles of about ``elements``, fewer where the input is too small to give all multiprocessors some, or where loads
     are narrow (addresses would fill the registers).
 
@@ -108,7 +121,7 @@ def _cut(
     row = channels if columns else size
     align = next(a for a in (16, 8, 4, 2, 1) if row % a == 0)
     elements = min(elements, 1024 * align)
-    while elements > 1024 and total < elements * programs:
+    while elements > 1024 and total < elements * sizes.programs:
         elements //= 2
     if columns:
         bc, bp = min(_power_of_two(channels), 128, elements), 1
@@ -123,7 +136,7 @@ def _cut(
         bn = min(max(1, elements // (bp * bc)), _power_of_two(images)) if bp >= size else 1
     blocks = -(-channels // bc)
     items = -(-images // bn) * -(-size // bp)
-    return _Geometry(images, channels, row // align, columns, align, bc, bn, bp, total >= wide_from, blocks, items)
+    return _Geometry(images, channels, row // align, columns, align, bc, bn, bp, total >= sizes.wide, blocks, items)
 
 
 def _power_of_two(n: int) -> int:
@@ -131,68 +144,173 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _geometry(x: Tensor, columns: bool, tensors: int) -> _Geometry:
-    channels = x.shape[1]
-    elements = max(1, _TILE // (x.itemsize * tensors))
-    if columns:
-        return _cut(x.numel() // channels, channels, 1, True, elements, _PROGRAMS, _WIDE)
-    return _cut(len(x), channels, x.numel() // max(1, len(x) * channels), False, elements, _PROGRAMS, _WIDE)
+class _Layout:
+    """What a shape with its strides leads to, worked out once.
 
+    Attributes:
+        columns: whether the channels are innermost, as they lie or in the copy that is made.
+        canonical: whether the input lies so already.
+        stride: of the input.
+        cut: how the input is cut.
+        splits, per_split, programs: of it.
+        partials: how many float64 the parts of a reduction take, with the counts of parts.
+        finish: programs that merge the parts, and the constants BC and BS of each.
+        whole: how one program measures the whole input; None if it is too large for one.
+        runs: the constant RUNS of ``measure``.
+        compiled: kernels that were launched, for ``_launch``.
+    """
 
-def _launch(device: torch.device, kernel: Any, number: int, *args: Any, warps: int = 4, **constants: Any) -> None:
-    """Start ``number`` programs on the device's current stream."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(number,)](*args, num_warps=warps, **OPTIONS, **constants)
-    else:
-        kernel[(number,)](*args, num_warps=warps, **OPTIONS, **constants)
+    __slots__ = (
+        "canonical", "columns", "compiled", "cut", "finish", "partials", "per_split", "programs", "runs", "splits",
+        "stride", "whole",
+    )  # fmt: skip
 
-
-def probe(device: torch.device) -> None:
-    """Compile and launch a kernel that does nothing of use; raises whatever stands in the way."""
-    _launch(device, triton_kernels.probe, 1, torch.empty(16, device=device), warps=1)
-
-
-def _laid_out(t: Tensor, columns: bool) -> Tensor:
-    """t, or a copy of it with channels innermost or in the default layout; from here on its memory alone counts."""
-    if columns:
-        return t if t.stride(1) == 1 and t.movedim(1, -1).is_contiguous() else t.movedim(1, -1).contiguous()
-    return t.contiguous()
-
-
-class _Call:
-    """An input with the tensors that go with it, laid out alike, and outputs that end up in the layout of x."""
-
-    def __init__(self, x: Tensor, tensors: int = 1) -> None:
-        self.x = x
+    def __init__(self, sizes: Sizes, x: Tensor, tensors: int) -> None:
         found = None if x.numel() == 0 else has_columns(x)
+        self.stride = x.stride()
         self.columns = x.dim() == 2 if found is None else found
         self.canonical = found is not None or x.numel() == 0
-        self.geometry = _geometry(x, self.columns, tensors)
-        self.data = self.laid_out(x)
+        channels = x.shape[1]
+        elements = max(1, sizes.tile // (x.itemsize * tensors))
+        if self.columns:
+            cut = _cut(x.numel() // channels, channels, 1, True, elements, sizes)
+        else:
+            cut = _cut(len(x), channels, x.numel() // max(1, len(x) * channels), False, elements, sizes)
+        self.cut = cut
+        self.splits, self.per_split, self.programs = cut.splits(sizes), cut.per_split(sizes), cut.programs(sizes)
+        self.partials = (2 * channels + 1) * self.splits
+        # Few channels of partial results to a program, so that there are many programs.
+        bc = min(_power_of_two(channels), 16)
+        self.finish = -(-channels // bc), (bc, min(_power_of_two(self.splits), 1024 // bc))
+        self.runs = 1 if 0 < cut.items <= self.splits * RUN else 0
+        self.whole: _Geometry | None = None
+        if x.numel() <= sizes.whole and channels <= sizes.whole_channels:
+            bc = _power_of_two(channels)
+            bp = min(cut.bp, max(1, sizes.whole_tile // bc))
+            bn = min(_power_of_two(cut.images), max(1, sizes.whole_tile // (bc * bp))) if bp == cut.bp else 1
+            self.whole = cut._replace(bc=bc, bn=bn, bp=bp)
+        self.compiled: dict[Any, Any] = {}
 
     def laid_out(self, t: Tensor) -> Tensor:
-        if t.numel() == 0 or (self.canonical and t.stride() == self.x.stride()):
+        """A tensor of the input's shape, or a copy of it, with the layout of the input or of its copy; from here on
+        its memory alone counts.
+        """
+        if t.numel() == 0 or (self.canonical and t.stride() == self.stride):
             return t
-        return _laid_out(t, self.columns)
+        if self.columns:
+            return t if t.stride(1) == 1 and t.movedim(1, -1).is_contiguous() else t.movedim(1, -1).contiguous()
+        return t.contiguous()
 
-    def output(self, dtype: torch.dtype) -> Tensor:
-        """Memory for a result."""
-        return torch.empty_like(self.x if self.canonical else self.data, dtype=dtype)
-
-    def restored(self, output: Tensor) -> Tensor:
+    def restored(self, output: Tensor, x: Tensor) -> Tensor:
         """The result with the strides of x."""
         if self.canonical:
             return output
         shaped = output.movedim(-1, 1) if self.columns else output
-        return torch.empty_like(self.x, dtype=output.dtype).copy_(shaped)
+        return torch.empty_like(x, dtype=output.dtype).copy_(shaped)
 
-    def launch(self, kernel: Any, number: int, *args: Any, **constants: Any) -> None:
-        _launch(self.x.device, kernel, number, *args, **self.geometry.tile, **constants)
+
+_known: dict[Any, _Layout] = {}
+_MOST = 4096  # layouts to keep
+
+
+def _layout(x: Tensor, tensors: int) -> _Layout:
+    """What the input leads to, where ``tensors`` of its shape are read side by side."""
+    key = x.shape, x.stride(), x.dtype, tensors, SIZES
+    known = _known.get(key)
+    if known is None:
+        if len(_known) >= _MOST:
+            _known.clear()
+        known = _known[key] = _Layout(SIZES, x, tensors)
+    return known
+
+
+_direct = {"cuda"}  # types of devices on which compiled kernels are launched without Triton's search for them
+_logger = logging.getLogger("syncbn")
+
+
+def _launch(
+    layout: _Layout,
+    like: Tensor,
+    kernel: Any,
+    number: int,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...],
+    constants: tuple[Any, ...],
+    warps: int = 4,
+) -> None:
+    """Start ``number`` programs on the current stream of a device.
+
+    Triton finds the compiled kernel by all properties of all arguments, which takes longer than to launch it. Here the
+    layout fixes most of them, and those that are left are the key.
+
+    Args:
+        layout: of the input.
+        like: a tensor on the device.
+        kernel: of ``triton_kernels``.
+        number: of programs; the same for a layout, a kernel and its constants.
+        tensors, numbers, constants: its arguments, in this order.
+        warps: of a program.
+    """
+    device = like.device
+    if not _torch.is_elsewhere(device):
+        _launch_here(layout, device, kernel, number, tensors, numbers, constants, warps)
+    else:
+        with _torch.on_device(device):
+            _launch_here(layout, device, kernel, number, tensors, numbers, constants, warps)
+
+
+def _launch_here(
+    layout: _Layout,
+    device: torch.device,
+    kernel: Any,
+    number: int,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...],
+    constants: tuple[Any, ...],
+    warps: int,
+) -> None:
+    """``_launch`` on the current device."""
+    key = None
+    if device.type in _direct and not layout.cut.wide:  # (an offset that is wide may change the type of a number)
+        addresses = [None if t is None else t.data_ptr() for t in tensors]
+        low = reduce(operator.or_, filter(None, addresses), 0) & 15  # code is compiled for multiples of 16, or others
+        key = (
+            kernel.__name__, device.index, constants, tuple([None if t is None else t.dtype for t in tensors]),
+            low and tuple([address is not None and address & 15 for address in addresses]),
+        )  # fmt: skip
+        run = layout.compiled.get(key)
+        if run is not None:
+            try:
+                run(*addresses, *numbers, *constants, stream=_torch.raw_stream(device))
+            except (AttributeError, TypeError, ValueError) as error:  # raised before anything is launched
+                _launch_as_triton_does(device, error)
+            else:
+                return
+    compiled = kernel[(number,)](*tensors, *numbers, *constants, num_warps=warps, **OPTIONS)
+    if key is not None and device.type in _direct:
+        try:
+            layout.compiled[key] = compiled[(number, 1, 1)]
+        except (AttributeError, TypeError) as error:
+            _launch_as_triton_does(device, error)
+
+
+def _launch_as_triton_does(device: torch.device, error: Exception) -> None:
+    """Leave the search for compiled kernels to Triton from now on: this one does not start them as others do."""
+    _direct.discard(device.type)
+    _logger.info("compiled kernels are not launched directly on %s: %s: %s", device, type(error).__name__, error)
+
+
+_NOTHING = _Layout(SIZES, torch.empty(0, 1, device="meta"), 1)
+
+
+def probe(device: torch.device) -> None:
+    """Compile and launch a kernel that does nothing of use; raises whatever stands in the way."""
+    x = torch.empty(16, device=device)
+    _launch(_NOTHING, x, triton_kernels.probe, 1, (x,), (), (), warps=1)
 
 
 def _vector(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def moments(x: Tensor, *, raw: bool = False) -> Tensor:
@@ -205,43 +323,30 @@ def moments(x: Tensor, *, raw: bool = False) -> Tensor:
 def pack_moments(x: Tensor, mask: None, message: Message) -> None:
     """See ``reference``; without a mask."""
     headed = message.number > 0
-    _measure(
-        x, message.whole if headed else message.payload, message.tag, message.number, headed=headed, raw=message.raw
-    )
+    target = message.whole if headed else message.payload
+    _measure(x, target, message.tag, message.number, headed=headed, raw=message.raw)
 
 
 def _measure(x: Tensor, message: Tensor, tag: int, number: int, *, headed: bool, raw: bool) -> None:
-    call = _Call(x)
-    cut, channels = call.geometry, x.shape[1]
-    flags = {"HEADED": headed, "RAW": raw}
-    if x.numel() <= _WHOLE and channels <= _WHOLE_CHANNELS:
-        bc = _power_of_two(channels)
-        bp = min(cut.bp, max(1, _WHOLE_TILE // bc))
-        bn = min(_power_of_two(cut.images), max(1, _WHOLE_TILE // (bc * bp))) if bp == cut.bp else 1
-        whole = cut._replace(bc=bc, bn=bn, bp=bp)
+    layout = _layout(x, 1)
+    data, cut, whole, length = layout.laid_out(x), layout.cut, layout.whole, message.shape[0]
+    flags = headed, raw
+    if whole is not None:
         _launch(
-            x.device, triton_kernels.measure, 1, call.data, message, message, message, message, tag, number,
-            len(message), *whole.sizes, 1, **whole.tile, **flags, RUNS=0, WHOLE=True, warps=8,
+            layout, x, triton_kernels.measure, 1, (data, None, message), (tag, number, length, *whole.sizes, 1),
+            (*whole.tile, 0, *flags, True), warps=8,
         )  # fmt: skip
         return
-    splits = cut.splits()
-    counts = torch.empty(splits, dtype=torch.float64, device=x.device)
-    means, squares = torch.empty((2, splits, channels), dtype=torch.float64, device=x.device).unbind()
-    call.launch(
-        triton_kernels.measure, splits * cut.blocks, call.data, counts, means, squares, message, tag, number,
-        len(message), *cut.sizes, splits, **flags, RUNS=1 if 0 < cut.items <= splits * RUN else 0, WHOLE=False,
-    )  # fmt: skip
-    bc, bs = _finish_tile(channels, splits)
+    partials = message.new_empty(layout.partials)
     _launch(
-        x.device, triton_kernels.finish_moments, -(-channels // bc), counts, means, squares, message, number, channels,
-        splits, BC=bc, BS=bs, **flags,
+        layout, x, triton_kernels.measure, layout.splits * cut.blocks, (data, partials, message),
+        (tag, number, length, *cut.sizes, layout.splits), (*cut.tile, layout.runs, *flags, False),
     )  # fmt: skip
-
-
-def _finish_tile(channels: int, splits: int) -> tuple[int, int]:
-    """Channels and splits of a tile of partial results: few channels, so that there are many programs."""
-    bc = min(_power_of_two(channels), 16)
-    return bc, min(_power_of_two(splits), 1024 // bc)
+    programs, tile = layout.finish
+    _launch(
+        layout, x, triton_kernels.finish_moments, programs, (partials, message),
+        (number, cut.channels, layout.splits), (*tile, *flags),
+    )  # fmt: skip
 
 
 def normalize(
@@ -254,12 +359,13 @@ def normalize(
     relu: bool = False,
 ) -> Tensor:
     """See ``reference``."""
-    call = _Call(x)
-    y = call.output(x.dtype)
+    layout = _layout(x, 1)
+    data = layout.laid_out(x)
+    y = torch.empty_like(data)
     if x.numel() > 0:
-        vectors = None, mean.contiguous(), invstd.contiguous(), None
-        _normalize(call, y, weight, bias, residual, relu, vectors, None, 0.0)
-    return call.restored(y)
+        stats = torch.cat([mean, invstd])
+        _normalize(layout, data, y, weight, bias, residual, relu, None, stats, None, 0.0, None)
+    return layout.restored(y, x)
 
 
 def normalize_shared(
@@ -277,17 +383,17 @@ def normalize_shared(
     if running is not None and not _is_plain(running):
         running.move(shared.moments())
         running = None
-    call = _Call(x)
-    y = call.output(x.dtype)
-    channels = x.shape[1]
-    stats = torch.empty(2 * channels + 1, dtype=torch.float64, device=x.device)
-    vectors = _summed(shared), stats[:channels], stats[channels:], stats[-1]
-    _normalize(call, y, weight, bias, residual, relu, vectors, running, eps)
-    return call.restored(y), stats, None
+    layout = _layout(x, 1)
+    data = layout.laid_out(x)
+    y = torch.empty_like(data)
+    sums = _summed(shared)
+    stats = sums.new_empty(2 * layout.cut.channels + 1)
+    _normalize(layout, data, y, weight, bias, residual, relu, sums, stats, running, eps, shared.report)
+    return layout.restored(y, x), stats, None
 
 
 def _summed(shared: Shared) -> Tensor:
-    return shared.parts[0] if len(shared.parts) == 1 else shared.sum()
+    return shared.parts[0] if shared.parts.shape[0] == 1 else shared.sum()
 
 
 def _is_plain(running: Running) -> bool:
@@ -295,15 +401,18 @@ def _is_plain(running: Running) -> bool:
 
 
 def _normalize(
-    call: _Call,
+    layout: _Layout,
+    data: Tensor,
     y: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
-    vectors: tuple[Tensor | None, ...],
+    sums: Tensor | None,
+    stats: Tensor,
     running: Running | None,
     eps: float,
+    report: Report | None,
 ) -> None:
     mean = var = batches = None
     momentum: float | None = 0.0
@@ -316,12 +425,22 @@ def _normalize(
     if mean is None or var is None:
         mean = var = None
         cumulative = False
-    call.launch(
-        triton_kernels.normalize, call.geometry.programs(), call.data, y,
-        None if residual is None else call.laid_out(residual), _vector(weight), _vector(bias), *vectors,
-        mean, var, batches, 0.0 if momentum is None else float(momentum), float(eps),
-        *call.geometry.sizes, call.geometry.per_split(), RELU=relu, CUMULATIVE=cumulative,
+    record, exchange, ranks = _NO_REPORT if report is None else report.taken()
+    _launch(
+        layout, data, triton_kernels.normalize, layout.programs,
+        (
+            data, y, None if residual is None else layout.laid_out(residual), _vector(weight), _vector(bias),
+            sums, stats, mean, var, batches, record,
+        ),
+        (
+            exchange, ranks, 0.0 if momentum is None else float(momentum), float(eps), *layout.cut.sizes,
+            layout.per_split,
+        ),
+        (*layout.cut.tile, relu, cumulative),
     )  # fmt: skip
+
+
+_NO_REPORT = None, 0, 0
 
 
 def relu_gradient(
@@ -334,12 +453,7 @@ def relu_gradient(
     residual: Tensor | None = None,
 ) -> Tensor:
     """See ``reference``."""
-    call = _Call(x, 2)
-    masked = call.output(grad.dtype)
-    if x.numel() > 0:
-        stats = mean.contiguous(), invstd.contiguous()
-        _input_gradient(call, grad, stats, weight, bias, residual, True, None, None, None, masked)
-    return call.restored(masked)
+    return _relu_gradient(grad, x, torch.cat([mean, invstd]), weight, bias, residual)
 
 
 operands = Operands
@@ -348,20 +462,29 @@ operands = Operands
 def passed_gradient(operands: Operands) -> Tensor:
     """See ``reference``; without a mask."""
     grad, x, _, stats, weight, bias, residual, _ = operands
-    return relu_gradient(grad, x, *_mean_and_invstd(stats), weight, bias, residual)
+    return _relu_gradient(grad, x, stats, weight, bias, residual)
 
 
-def _mean_and_invstd(stats: Tensor) -> tuple[Tensor, Tensor]:
-    channels = len(stats) // 2
-    return stats[:channels], stats[channels:-1]
+def _relu_gradient(
+    grad: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    layout = _layout(x, 2)
+    data = layout.laid_out(x)
+    masked = _like(data, grad.dtype)
+    if x.numel() > 0:
+        _input_gradient(layout, grad, data, stats, weight, bias, residual, True, None, None, masked, None)
+    return layout.restored(masked, x)
+
+
+def _like(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(t) if dtype is t.dtype else torch.empty_like(t, dtype=dtype)
 
 
 def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
     """See ``reference``."""
     packed = torch.empty(2 * x.shape[1], dtype=torch.float64, device=x.device)
     outputs = packed, None, None
-    stats = mean.contiguous(), invstd.contiguous()
-    _sum_gradients(grad, x, stats, None, None, None, False, outputs, 0, 0, headed=False)
+    _sum_gradients(grad, x, torch.cat([mean, invstd]), None, None, None, False, outputs, 0, 0, headed=False)
     return packed
 
 
@@ -370,20 +493,20 @@ def pack_gradient_sums(
 ) -> tuple[Tensor | None, ...]:
     """See ``reference``; without a mask."""
     grad, x, _, stats, weight, bias, residual, relu = operands
-    gradients = tuple(None if d is None else torch.empty(x.shape[1], dtype=d, device=x.device) for d in dtypes)
+    gradients = tuple([None if d is None else stats.new_empty(x.shape[1], dtype=d) for d in dtypes])
     headed = message is not None and message.number > 0
     target, tag, number = None, 0, 0
     if message is not None:
         target, tag, number = message.whole if headed else message.payload, message.tag, message.number
     outputs = target, *gradients
-    _sum_gradients(grad, x, _mean_and_invstd(stats), weight, bias, residual, relu, outputs, tag, number, headed=headed)
+    _sum_gradients(grad, x, stats, weight, bias, residual, relu, outputs, tag, number, headed=headed)
     return gradients
 
 
 def _sum_gradients(
     grad: Tensor,
     x: Tensor,
-    stats: tuple[Tensor, Tensor],
+    stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -394,21 +517,24 @@ def _sum_gradients(
     *,
     headed: bool,
 ) -> None:
-    call = _Call(x, 2)
-    cut, channels = call.geometry, x.shape[1]
-    splits = cut.splits()
-    totals, dots = torch.empty((2, splits, channels), dtype=torch.float64, device=x.device).unbind()
+    layout = _layout(x, 2)
+    cut = layout.cut
+    partials = stats.new_empty(layout.partials)
     if not relu:
         weight = bias = residual = None
-    call.launch(
-        triton_kernels.sum_gradients, splits * cut.blocks, call.laid_out(grad), call.data,
-        None if residual is None else call.laid_out(residual), _vector(weight), _vector(bias), *stats,
-        totals, dots, *cut.sizes, splits, RELU=relu,
-    )  # fmt: skip
-    bc, bs = _finish_tile(channels, splits)
     _launch(
-        x.device, triton_kernels.finish_gradients, -(-channels // bc), totals, dots, *stats, *outputs, tag, number,
-        0 if outputs[0] is None else len(outputs[0]), channels, splits, BC=bc, BS=bs, HEADED=headed,
+        layout, x, triton_kernels.sum_gradients, layout.splits * cut.blocks,
+        (
+            layout.laid_out(grad), layout.laid_out(x), None if residual is None else layout.laid_out(residual),
+            _vector(weight), _vector(bias), stats, partials,
+        ),
+        (*cut.sizes, layout.splits), (*cut.tile, relu),
+    )  # fmt: skip
+    programs, tile = layout.finish
+    length = 0 if outputs[0] is None else outputs[0].shape[0]
+    _launch(
+        layout, x, triton_kernels.finish_gradients, programs, (partials, stats, *outputs),
+        (tag, number, length, cut.channels, layout.splits), (*tile, headed),
     )  # fmt: skip
 
 
@@ -422,54 +548,58 @@ def input_gradient(
     count: Tensor,
 ) -> Tensor:
     """See ``reference``."""
-    stats = mean.contiguous(), invstd.contiguous()
-    return _both_gradients(grad, x, stats, weight, None, None, False, sums.contiguous(), count, False)[0]
+    stats = torch.cat([mean, invstd, count.view(1)])
+    return _both_gradients(grad, x, stats, weight, None, None, False, sums.contiguous(), False, None)[0]
 
 
 def shared_input_gradient(operands: Operands, shared: Shared, wants_g: bool) -> tuple[Tensor, Tensor | None]:
     """See ``reference``; without a mask."""
     grad, x, _, stats, weight, bias, residual, relu = operands
-    return _both_gradients(
-        grad, x, _mean_and_invstd(stats), weight, bias, residual, relu, _summed(shared), stats[-1], wants_g
-    )
+    sums = _summed(shared)
+    return _both_gradients(grad, x, stats, weight, bias, residual, relu, sums, wants_g, shared.report)
 
 
 def _both_gradients(
     grad: Tensor,
     x: Tensor,
-    stats: tuple[Tensor, Tensor],
+    stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
     sums: Tensor,
-    count: Tensor,
     wants_g: bool,
+    report: Report | None,
 ) -> tuple[Tensor, Tensor | None]:
-    call = _Call(x, 2)
-    dx = call.output(x.dtype)
-    passed = call.output(grad.dtype) if wants_g else None
+    layout = _layout(x, 2)
+    data = layout.laid_out(x)
+    dx = torch.empty_like(data)
+    passed = _like(data, grad.dtype) if wants_g else None
     if x.numel() > 0:
-        _input_gradient(call, grad, stats, weight, bias, residual, relu, sums, count, dx, passed)
-    return call.restored(dx), None if passed is None else call.restored(passed)
+        _input_gradient(layout, grad, data, stats, weight, bias, residual, relu, sums, dx, passed, report)
+    return layout.restored(dx, x), None if passed is None else layout.restored(passed, x)
 
 
 def _input_gradient(
-    call: _Call,
+    layout: _Layout,
     grad: Tensor,
-    stats: tuple[Tensor, Tensor],
+    data: Tensor,
+    stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
     sums: Tensor | None,
-    count: Tensor | None,
     dx: Tensor | None,
     passed: Tensor | None,
+    report: Report | None,
 ) -> None:
-    residual = None if residual is None or not relu else call.laid_out(residual)
-    call.launch(
-        triton_kernels.input_gradient, call.geometry.programs(), call.laid_out(grad), call.data, residual,
-        _vector(weight), _vector(bias), *stats, sums, count, dx, passed,
-        *call.geometry.sizes, call.geometry.per_split(), RELU=relu,
+    residual = None if residual is None or not relu else layout.laid_out(residual)
+    record, exchange, ranks = _NO_REPORT if report is None else report.taken()
+    _launch(
+        layout, data, triton_kernels.input_gradient, layout.programs,
+        (
+            layout.laid_out(grad), data, residual, _vector(weight), _vector(bias), stats, sums, dx, passed, record,
+        ),
+        (exchange, ranks, *layout.cut.sizes, layout.per_split), (*layout.cut.tile, relu),
     )  # fmt: skip

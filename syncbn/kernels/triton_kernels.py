@@ -151,9 +151,34 @@ def _write_head(message, tag, number, length, content, broken):
 
 
 @triton.jit
-def _write_pair(payload, first, second, c, inside, channels):
-    tl.store(payload + c, first, mask=inside)
-    tl.store(payload + channels + c, second, mask=inside)
+def _write_pair(target, first, second, place, inside, distance):
+    tl.store(target + place, first, mask=inside)
+    tl.store(target + distance + place, second, mask=inside)
+
+
+@triton.jit
+def _read_pair(source, place, inside, distance):
+    first = tl.load(source + place, mask=inside, other=0.0)
+    return first, tl.load(source + distance + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def _report(record, sums, exchange, ranks):
+    """Write to the host which exchange it was, and its slots, where they say that the host must look.
+
+    That is where ranks differ, refuse, or are not finite. Memory of the host, which only one program writes: the slots
+    first, for the host waits for the number of the exchange. A record that nobody has read yet stays.
+    """
+    slots = sums - HEAD
+    t = tl.load(slots)
+    differ = tl.load(slots + 1) * tl.cast(ranks, tl.float64) != t * t
+    if differ | (tl.load(slots + 2) != 0) | (tl.load(slots + 4) != 0):
+        slot = tl.arange(0, 8)
+        empty = tl.load(record + slot * 0) == 0  # (a mask: a branch around the barrier could divide the threads)
+        values = tl.load(slots + slot, mask=slot < HEAD, other=0.0)
+        tl.store(record + 1 + slot, values, mask=(slot < HEAD) & empty)
+        tl.debug_barrier()
+        tl.store(record + slot, tl.cast(exchange, tl.float64) + slot * 0.0, mask=(slot == 0) & empty)
 
 
 @triton.jit
@@ -164,11 +189,14 @@ def _any_broken(first, second, inside):
 
 @triton.jit(do_not_specialize=["tag", "number", "length", "images", "channels", "units", "splits"])
 def measure(
-    x, counts, means, squares, message, tag, number, length, images, channels, units, splits,
+    x, partials, message, tag, number, length, images, channels, units, splits,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, RUNS: tl.constexpr, HEADED: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Moments of each split; with ``WHOLE``, the one program there is writes the message at once."""
+    """Moments of each split; with ``WHOLE``, the one program there is writes the message at once.
+
+    ``partials`` is ``(means[splits, C], squares[splits, C], counts[splits])``.
+    """
     if COLUMNS:
         channels = units * ALIGN
         size = 1
@@ -193,11 +221,9 @@ def measure(
         tl.store(payload, n)
         _write_pair(payload + 1, first, second, c, inside, channels)
     else:
-        place = split * channels + c
-        tl.store(means + place, mean, mask=inside)
-        tl.store(squares + place, m2, mask=inside)
+        _write_pair(partials, mean, m2, split * channels + c, inside, splits * channels)
         if block == 0:
-            tl.store(counts + split, n)
+            tl.store(partials + 2 * splits * channels + split, n)
         if HEADED:
             if tl.program_id(0) == 0:
                 _write_head(message, tag, number, length, HEAD + 1 + 2 * channels, 0.0)
@@ -205,10 +231,13 @@ def measure(
 
 @triton.jit(do_not_specialize=["number", "channels", "splits"])
 def finish_moments(
-    counts, means, squares, message, number, channels, splits,
+    partials, message, number, channels, splits,
     BC: tl.constexpr, BS: tl.constexpr, HEADED: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     """Merge the moments of all splits, and write the payload of the message."""
+    means = partials
+    squares = partials + splits * channels
+    counts = squares + splits * channels
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < channels
     n = tl.full([], 0.0, tl.float64)
@@ -307,16 +336,18 @@ def _remember(running_mean, running_var, n, mean, m2, momentum, c, inside):
     _move(running_var, var, keep, momentum, c, inside)
 
 
-@triton.jit(do_not_specialize=["images", "channels", "units", "per_split"])
+@triton.jit(do_not_specialize=["exchange", "ranks", "images", "channels", "units", "per_split"])
 def normalize(
-    x, y, residual, weight, bias, sums, mean, invstd, count, running_mean, running_var, batches,
-    momentum: tl.float64, eps: tl.float64, images, channels, units, per_split,
+    x, y, residual, weight, bias, sums, stats, running_mean, running_var, batches, record,
+    exchange, ranks, momentum: tl.float64, eps: tl.float64, images, channels, units, per_split,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, RELU: tl.constexpr, CUMULATIVE: tl.constexpr,
 ):  # fmt: skip
     """Write the output; with ``sums``, first derive mean and invstd, write them, and move the running statistics.
 
-    The items are taken from the last to the first: the last were read last before, and may still be in the cache.
+    ``stats`` is ``(mean[C], invstd[C], n)``, read or written. With a ``record``, what the slots in front of the sums
+    say of ranks that disagree is written there. The items are taken from the last to the first: the last were read last
+    before, and may still be in the cache.
     """
     if COLUMNS:
         channels = units * ALIGN
@@ -331,13 +362,14 @@ def normalize(
     if sums is not None:
         n, mu, m2, deviation = _read_sums(sums, c, inside, channels, eps)
         if split == 0:
-            tl.store(mean + c, mu, mask=inside)
-            tl.store(invstd + c, deviation, mask=inside)
+            _write_pair(stats, mu, deviation, c, inside, channels)
             if running_mean is not None:
                 if not CUMULATIVE:
                     _remember(running_mean, running_var, n, mu, m2, momentum, c, inside)
         if tl.program_id(0) == 0:
-            tl.store(count, n)
+            tl.store(stats + 2 * channels, n)
+            if record is not None:
+                _report(record, sums, exchange, ranks)
             if batches is not None:
                 counted = tl.load(batches) + (n > 0).to(tl.int64)
                 if CUMULATIVE:
@@ -350,8 +382,7 @@ def normalize(
                     tl.debug_barrier()  # each warp has read the counter, before one of them stores it
                 tl.store(batches, counted)
     else:
-        mu = tl.load(mean + c, mask=inside, other=0.0)
-        deviation = tl.load(invstd + c, mask=inside, other=0.0)
+        mu, deviation = _read_pair(stats, c, inside, channels)
     pivot, scale, shift = _affine(mu, deviation, weight, bias, c, inside)
     items = _number_of_items(images, size, BN, BP)
     for k in range(split * per_split, tl.minimum((split + 1) * per_split, items)):
@@ -372,11 +403,14 @@ def _masked_gradient(g, out, like: tl.constexpr):
 
 @triton.jit(do_not_specialize=["images", "channels", "units", "splits"])
 def sum_gradients(
-    grad, x, residual, weight, bias, mean, invstd, totals, dots, images, channels, units, splits,
+    grad, x, residual, weight, bias, stats, partials, images, channels, units, splits,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """``sum g`` and ``sum g * (x - pivot)`` of each split, the pivot being the mean rounded to float32."""
+    """``sum g`` and ``sum g * (x - pivot)`` of each split, the pivot being the mean rounded to float32.
+
+    ``partials`` is ``(sum g [splits, C], sum g (x - pivot) [splits, C])``.
+    """
     if COLUMNS:
         channels = units * ALIGN
         size = 1
@@ -387,8 +421,8 @@ def sum_gradients(
     split = tl.program_id(0) // blocks
     c = block * BC + tl.arange(0, BC)
     inside = c < channels
-    mu = tl.load(mean + c, mask=inside, other=0.0)
-    pivot, scale, shift = _affine(mu, tl.load(invstd + c, mask=inside, other=0.0), weight, bias, c, inside)
+    mu, deviation = _read_pair(stats, c, inside, channels)
+    pivot, scale, shift = _affine(mu, deviation, weight, bias, c, inside)
     items = _number_of_items(images, size, BN, BP)
     sum_g = tl.zeros([BC], tl.float64)
     sum_gd = tl.zeros([BC], tl.float64)
@@ -407,14 +441,12 @@ def sum_gradients(
             dot += g * (values - pivot[:, None])
         sum_g += tl.sum(total, 1).to(tl.float64)
         sum_gd += tl.sum(dot, 1).to(tl.float64)
-    place = split * channels + c
-    tl.store(totals + place, sum_g, mask=inside)
-    tl.store(dots + place, sum_gd, mask=inside)
+    _write_pair(partials, sum_g, sum_gd, split * channels + c, inside, splits * channels)
 
 
 @triton.jit(do_not_specialize=["tag", "number", "length", "channels", "splits"])
 def finish_gradients(
-    totals, dots, mean, invstd, message, dweight, dbias, tag, number, length, channels, splits,
+    partials, stats, message, dweight, dbias, tag, number, length, channels, splits,
     BC: tl.constexpr, BS: tl.constexpr, HEADED: tl.constexpr,
 ):  # fmt: skip
     """Add up the sums of all splits; write the message, and the gradients of the parameters."""
@@ -426,11 +458,12 @@ def finish_gradients(
         s = start + tl.arange(0, BS)
         place = s[:, None] * channels + c[None, :]
         mask = (s < splits)[:, None] & inside[None, :]
-        total += tl.sum(tl.load(totals + place, mask=mask, other=0.0), 0)
-        dot += tl.sum(tl.load(dots + place, mask=mask, other=0.0), 0)
-    mu = tl.load(mean + c, mask=inside, other=0.0)
+        some_g, some_gd = _read_pair(partials, place, mask, splits * channels)
+        total += tl.sum(some_g, 0)
+        dot += tl.sum(some_gd, 0)
+    mu, deviation = _read_pair(stats, c, inside, channels)
     pivot = mu.to(tl.float32).to(tl.float64)
-    dot = (dot + (pivot - mu) * total) * tl.load(invstd + c, mask=inside, other=0.0)
+    dot = (dot + (pivot - mu) * total) * deviation
     if message is not None:
         payload = message
         if HEADED:
@@ -444,13 +477,17 @@ def finish_gradients(
         tl.store(dbias + c, _rounded(total, dbias.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["images", "channels", "units", "per_split"])
+@triton.jit(do_not_specialize=["exchange", "ranks", "images", "channels", "units", "per_split"])
 def input_gradient(
-    grad, x, residual, weight, bias, mean, invstd, sums, count, dx, dresidual, images, channels, units, per_split,
+    grad, x, residual, weight, bias, stats, sums, dx, dresidual, record,
+    exchange, ranks, images, channels, units, per_split,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """``dx``, and the gradient behind the rectifier, whichever is asked for; items from the last to the first."""
+    """``dx``, and the gradient behind the rectifier, whichever is asked for; items from the last to the first.
+
+    ``record``: as in ``normalize``.
+    """
     if COLUMNS:
         channels = units * ALIGN
         size = 1
@@ -461,13 +498,16 @@ def input_gradient(
     split = tl.program_id(0) // blocks
     c = block * BC + tl.arange(0, BC)
     inside = c < channels
-    mu = tl.load(mean + c, mask=inside, other=0.0)
-    deviation = tl.load(invstd + c, mask=inside, other=0.0)
+    mu, deviation = _read_pair(stats, c, inside, channels)
     pivot, scale, shift = _affine(mu, deviation, weight, bias, c, inside)
     if dx is not None:
-        share = 1.0 / tl.maximum(tl.load(count), 1.0)
-        slope = tl.load(sums + channels + c, mask=inside, other=0.0) * share * deviation
-        level = tl.load(sums + c, mask=inside, other=0.0) * share + slope * (pivot.to(tl.float64) - mu)
+        if record is not None:
+            if tl.program_id(0) == 0:
+                _report(record, sums, exchange, ranks)
+        share = 1.0 / tl.maximum(tl.load(stats + 2 * channels), 1.0)
+        sum_g, sum_gx = _read_pair(sums, c, inside, channels)
+        slope = sum_gx * share * deviation
+        level = sum_g * share + slope * (pivot.to(tl.float64) - mu)
         wide_scale = deviation
         if weight is not None:
             wide_scale = deviation * _wide(tl.load(weight + c, mask=inside, other=0.0))

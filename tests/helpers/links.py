@@ -45,8 +45,8 @@ class Arrival:
 class Late(AllReduceOnDevice):
     """The path of a device, on the CPU: its slots are looked at when they have arrived."""
 
-    def _check_later(self, slots: Tensor, call: Call, width: int) -> None:
-        self._late.append((Arrival(), slots.clone(), call, width, self.exchanges))
+    def _check_later(self, slots: Tensor, call: Call, width: int, number: int) -> None:
+        self._late.append((Arrival(), slots.clone(), call, width, number))
 
 
 LATE = "late"

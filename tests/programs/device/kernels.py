@@ -22,7 +22,7 @@ from syncbn.kernels import triton as kernels
 from syncbn.kernels.composed import Composed
 from syncbn.kernels.operands import Operands
 from syncbn.memory import Running
-from syncbn.messages import Message, Shared
+from syncbn.messages import Message, Report, Shared
 from syncbn.wire import SLOTS
 
 # numpy, in which the interpreter computes, warns of what is not finite, and of what older interpreters do with it.
@@ -34,7 +34,7 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 5e-6}
 ROWS, COLUMNS = "rows", "columns"
 F16, B16, F32 = TOLERANCE
 # As shipped, and so that small tensors take many tiles, splits and blocks of channels.
-CUTS = {"shipped": {}, "fine": {"_TILE": 2048, "_PROGRAMS": 6, "_WHOLE": 0}}
+CUTS = {"shipped": {}, "fine": {"tile": 2048, "programs": 6, "whole": 0}}
 CASES = [
     ((6, 5), COLUMNS, F32, "fine"),
     ((70, 1), COLUMNS, B16, "shipped"),
@@ -71,11 +71,11 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, how: str, **more: int) -> None:
-    for name, value in (CUTS[how] | more).items():
-        monkeypatch.setattr(kernels, name, value)
+    monkeypatch.setattr(kernels, "SIZES", kernels.Sizes(**(CUTS[how] | more)))
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -201,7 +201,7 @@ def test_wide_offsets_give_the_same_bits(layout: str, monkeypatch: pytest.Monkey
         ]  # fmt: skip
 
     narrow = all_of_it()
-    monkeypatch.setattr(kernels, "_WIDE", 0)
+    cut(monkeypatch, "fine", wide=0)
     for ours, theirs in zip(all_of_it(), narrow, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -237,7 +237,7 @@ def test_empty_input_gives_zeros(shape: tuple[int, ...]) -> None:
 def test_what_is_not_finite_stays_in_its_channel(
     layout: str, bad: float, position: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut(monkeypatch, "fine", _PROGRAMS=2)
+    cut(monkeypatch, "fine", programs=2)
     x = torch.randn(3, 4, 6, 4)
     x[position, 1, position, position] = bad
     x = laid_out(x, layout)
@@ -265,7 +265,7 @@ def test_statistics_that_do_not_fit_the_running_ones_are_not_taken() -> None:
 @pytest.mark.parametrize("layout", [ROWS, COLUMNS])
 @pytest.mark.parametrize("ratio", [0.0, 1e3, 1e4])
 def test_float32_is_never_less_accurate_than_torch(layout: str, ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut(monkeypatch, "fine", _TILE=4096, _PROGRAMS=4)
+    cut(monkeypatch, "fine", tile=4096, programs=4)
     e, channels = Example((6, 4, 24, 20), layout, F32, mean=ratio), 4
     sent = message(2 * channels + 1)
     kernels.pack_moments(e.x, None, sent)
@@ -309,11 +309,11 @@ def test_far_from_zero_nothing_is_lost(layout: str, ratio: float) -> None:
 @pytest.mark.parametrize("layout", [ROWS, COLUMNS])
 def test_long_runs_and_a_pivot_far_off(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tiles than one run of a program takes, of which the first is no guide to the others."""
-    cut(monkeypatch, "fine", _TILE=256, _PROGRAMS=1)
+    cut(monkeypatch, "fine", tile=256, programs=1)
     x = torch.randn(42, 2, 32) if layout == ROWS else torch.randn(42 * 32, 2)
     x[: 1 if layout == ROWS else 32] += 1e4
     exact = reference.moments(x)
-    items = kernels._Call(x).geometry.items
+    items = kernels._layout(x, 1).cut.items
     assert items > 32
     ours = kernels.moments(x)
     torch.testing.assert_close(ours[3:], exact[3:], rtol=1e-5, atol=0)
@@ -344,13 +344,14 @@ def test_every_element_is_in_exactly_one_tile() -> None:
         columns = bool(rng.integers(2))
         size = 1 if columns else size
         elements = int(rng.choice([64, 1024, 4096]))
-        g = kernels._cut(images, channels, size, columns, elements, int(rng.choice([4, 512])), 1 << 31)
+        sizes = kernels.Sizes(programs=int(rng.choice([4, 512])))
+        g = kernels._cut(images, channels, size, columns, elements, sizes)
         assert g.bc * g.bn * g.bp <= max(elements, 64)
         seen = np.zeros(images * channels * size, dtype=int)
         pieces = -(-size // g.bp)
         n, p = np.divmod(np.arange(g.bn * g.bp), g.bp)
-        for split in range(g.programs() // g.blocks):
-            for k in range(split * g.per_split(), min((split + 1) * g.per_split(), g.items)):
+        for split in range(g.programs(sizes) // g.blocks):
+            for k in range(split * g.per_split(sizes), min((split + 1) * g.per_split(sizes), g.items)):
                 image, position = (g.items - 1 - k) // pieces * g.bn + n, (g.items - 1 - k) % pieces * g.bp + p
                 q = (image < images) & (position < size)
                 c = np.arange(g.blocks * g.bc)
@@ -358,6 +359,62 @@ def test_every_element_is_in_exactly_one_tile() -> None:
                 np.add.at(seen, ((image[q] * channels)[:, None] * size + c * size + position[q][:, None]).ravel(), 1)
         assert (seen == 1).all(), g
         assert g.units * g.align == (channels if columns else size)
+
+
+HUGE = (1 << 16, 4, 1, 9000)  # 2.36e9 elements
+
+
+@pytest.mark.parametrize("layout", [ROWS, COLUMNS])
+@pytest.mark.parametrize("tensors", [1, 2])
+def test_beyond_32_bits_offsets_are_wide(layout: str, tensors: int) -> None:
+    """In the variants that ``test_wide_offsets_give_the_same_bits`` runs; and where they are not, all offsets fit."""
+    form = torch.channels_last if layout == COLUMNS else torch.contiguous_format
+    huge = torch.empty(HUGE, dtype=torch.bfloat16, device="meta", memory_format=form)
+    known = kernels._layout(huge, tensors)
+    assert huge.numel() > 1 << 31 and known.columns == (layout == COLUMNS) and known.cut.wide
+    assert known.cut.tile[-1] is True  # WIDE, the last constant of a tile
+    large = torch.empty((1 << 16, 4, 1, 4096), dtype=torch.bfloat16, device="meta", memory_format=form)
+    cut = kernels._layout(large, tensors).cut
+    # The farthest offset of a masked lane: a tile that begins at the last item and reaches beyond it.
+    assert not cut.wide and large.numel() + cut.bn * cut.channels * max(cut.bp, cut.units * cut.align) < 1 << 31
+
+
+def report() -> Report:
+    return Report(torch.zeros(8, dtype=torch.float64, device="cpu", pin_memory=DEVICE.type == "cuda"), 5, 3)
+
+
+SLOTS_SAID = {
+    "agree": ([6.0, 12.0, 0, 0, 0, 0], False),  # three ranks with t = 2
+    "differ": ([6.0, 14.0, 0, 0, 0, 0], True),
+    "refused": ([6.0, 12.0, 1, 2, 0, 0], True),
+    "not finite": ([6.0, 12.0, 0, 0, 2, 3], True),
+    "corrupted": ([torch.nan, 12.0, 0, 0, 0, 0], True),
+}
+
+
+@pytest.mark.parametrize("said", SLOTS_SAID)
+def test_kernels_report_what_the_slots_say(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, "fine")
+    e = Example((4, 5, 6), ROWS, F32)
+    slots, reported = SLOTS_SAID[said]
+    whole = torch.cat([torch.tensor(slots, dtype=torch.float64), e.count[None], e.count * e.mean, torch.ones(5) * 1e6])
+    args = Operands(e.grad, e.x, None, e.packed, e.weight, None, None, False)
+    for run in (
+        lambda shared: kernels.normalize_shared(e.x, None, shared, e.weight, e.bias, None, False, EPS, None),
+        lambda shared: kernels.shared_input_gradient(args, shared, False),
+    ):
+        told = report()
+        run(Shared(whole[None, SLOTS:], True, told))
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        assert not told.unread
+        expected = torch.tensor([5.0, *slots] if reported else [0.0] * 7, dtype=torch.float64, device="cpu")
+        assert torch.equal(told.record[:7].nan_to_num(7), expected.nan_to_num(7))
+        told.record[1:].zero_()
+        run(Shared(whole[None, SLOTS:], True, told))  # a record that nobody has read yet stays
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        assert told.record[0] == expected[0] and not told.record[1:].any()
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="about CPU tensors")

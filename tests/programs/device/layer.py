@@ -41,7 +41,7 @@ lock = threading.Lock()
 
 
 class OnDevice(AllReduceOnDevice):
-    """The link of a device, for CPU tensors; notes what it sums, and looks at the slots at once."""
+    """The link of a device, for CPU tensors; notes what it sums, and looks at slots that no kernel looked at."""
 
     def _reduce(self, message: Tensor, call: Any, width: int) -> None:
         values = message.cpu().numpy()  # (which no mode sees)
@@ -49,8 +49,8 @@ class OnDevice(AllReduceOnDevice):
         launches[threading.get_ident()].append("sum")
         super()._reduce(message, call, width)
 
-    def _check_later(self, slots: Tensor, call: Any, width: int) -> None:
-        self._check(tuple(slots.cpu().numpy().tolist()), call, width, self.exchanges)
+    def _check_later(self, slots: Tensor, call: Any, width: int, number: int) -> None:
+        self._check(tuple(slots.cpu().numpy().tolist()), call, width, number)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -65,15 +65,13 @@ class NoWaiting(TorchDispatchMode):
 def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     launch = triton._launch
 
-    def counted(device: torch.device, kernel: Any, number: int, *args: Any, **options: Any) -> None:
+    def counted(layout: Any, like: Tensor, kernel: Any, *args: Any, **options: Any) -> None:
         with lock:  # the interpreter is for one thread at a time
             launches.setdefault(threading.get_ident(), []).append(kernel.__name__)
-            launch(device, kernel, number, *args, **options)
+            launch(layout, like, kernel, *args, **options)
 
     monkeypatch.setattr(triton, "_launch", counted)
-    monkeypatch.setattr(triton, "_WHOLE", 0)
-    monkeypatch.setattr(triton, "_TILE", 2048)
-    monkeypatch.setattr(triton, "_PROGRAMS", 4)
+    monkeypatch.setattr(triton, "SIZES", triton.Sizes(tile=2048, programs=4, whole=0))
     monkeypatch.setattr(kernels, "_interpreted", True)
     # The interpreter cuts bfloat16 off where devices round: a unit in the last place, not half of one.
     monkeypatch.setitem(TOLERANCE, torch.bfloat16, (2 * TOLERANCE[torch.bfloat16][0], TOLERANCE[torch.bfloat16][1]))
@@ -162,7 +160,7 @@ def test_only_what_is_wanted_is_done() -> None:
 
 
 def test_a_small_input_takes_a_launch_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "_WHOLE", 1 << 14)
+    monkeypatch.setattr(triton, "SIZES", triton.SIZES._replace(whole=1 << 14))
 
     def body(rank: int, group: Any) -> Any:
         connect(group)
@@ -254,14 +252,74 @@ def test_all_ranks_empty_move_nothing() -> None:
     run_ranks(2, body)
 
 
-def test_ranks_that_differ_are_found() -> None:
+@pytest.mark.parametrize("how", ["settle", "later exchange"])
+@pytest.mark.parametrize("half", ["forward", "backward"])
+def test_ranks_that_differ_are_found_by_the_kernels(how: str, half: str) -> None:
+    """They write to the host, which looks in a later exchange, and copies nothing."""
+
+    def body(rank: int, group: Any) -> str:
+        connect(group)
+        link = comm.link_of(group, torch.zeros(1).device)
+        launches[threading.get_ident()] = []
+        copied: list[Any] = []
+        link._check_later = lambda *args: copied.append(args)
+        layers = [syncbn.SyncBatchNorm(3, process_group=group) for _ in range(2)]
+        for name, layer in zip("ab", layers, strict=True):
+            layer.layer_name = name
+        x = torch.randn(4, 3)
+        outputs = [layers[0](x), *(layer(x.clone().requires_grad_()) for layer in layers)]
+        if half == "forward":
+            layers[rank](x)
+        else:
+            outputs[1 + rank].sum().backward()
+        with pytest.raises(syncbn.RankMismatchError, match="different calls") as caught:
+            link.settle() if how == "settle" else layers[0](x)
+        link.settle()  # said once
+        layers[0](x)
+        assert not copied
+        return str(caught.value)
+
+    for rank, text in enumerate(run_ranks(2, body)):
+        assert f"This is rank {rank}: {half} of layer {'ab'[rank]!r}" in text and "call 3)" in text
+
+
+def test_what_no_kernel_looked_at_is_copied() -> None:
+    """Where other operators than ours read the sum: global moments, and an empty rank's backward."""
+
+    def body(rank: int, group: Any) -> None:
+        connect(group)
+        link = comm.link_of(group, torch.zeros(1).device)
+        launches[threading.get_ident()] = []
+        copied: list[int] = []
+        link._check_later = lambda slots, call, width, number: copied.append(number)
+        syncbn.functional.global_moments(torch.randn(4, 3), process_group=group)
+        layer = syncbn.SyncBatchNorm(3, process_group=group)
+        x = torch.randn(0 if rank else 4, 3).requires_grad_()
+        layer(x).sum().backward()
+        link.settle()
+        assert copied == ([0, 2] if rank else [0])
+
+    run_ranks(2, body)
+
+
+def test_a_graph_tells_the_call_that_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run of a graph writes what it was captured with; the host finds the call, however much later."""
+    capturing = threading.local()
+    monkeypatch.setattr("syncbn._torch.is_capturing", lambda device: getattr(capturing, "now", False))
+
     def body(rank: int, group: Any) -> None:
         connect(group)
         launches[threading.get_ident()] = []
         layer = syncbn.SyncBatchNorm(3, process_group=group)
-        layer.layer_name = f"layer{rank}"
-        with pytest.raises(syncbn.RankMismatchError, match="different calls"):
-            layer(torch.randn(4, 3))
+        x = torch.randn(4, 3)
+        layer(x)
+        layer.layer_name = f"captured on {rank}"
+        capturing.now = True
+        layer(x)
+        capturing.now = False
+        layer.layer_name = "later"
+        with pytest.raises(syncbn.RankMismatchError, match=rf"layer 'captured on {rank}'.*call 1\)"):
+            layer(x)
 
     run_ranks(2, body)
 
@@ -274,31 +332,22 @@ def test_the_rank_that_is_not_finite_is_named() -> None:
         x = torch.randn(4, 3, 5)
         if rank == 1:
             x[0, 1, 2] = torch.nan
-        seen: list[Any] = []
-        link._check_later = lambda slots, call, width: seen.append(slots.tolist())
         layer = syncbn.SyncBatchNorm(3, process_group=group)
+        layer.layer_name = "stem"
         y = layer(x)
-        assert seen[0][4:] == [1, 2] and link._broken_ranks(None) == "no rank"
+        assert link._record[5:7].tolist() == [1, 2] and link._broken_ranks(None) == "no rank"
         assert y[:, 1].isnan().all() and y[:, 0].isfinite().all()
         assert layer.running_mean.isfinite().all() and layer.running_mean[1] == 0
+        link._warned.add("stem")  # (threads cannot catch warnings one by one)
+        link.settle()
+        assert link._broken_ranks(None) == "rank 1"
 
     run_ranks(2, body)
-
-
-class Arrived:
-    """Stands for the event behind a copy that has arrived."""
-
-    def query(self) -> bool:
-        return True
 
 
 def test_a_warning_names_the_rank_in_a_later_step() -> None:
     def body(rank: int, group: Any) -> None:
         connect(group)
-        link = comm.link_of(group, torch.zeros(1).device)
-        link._check_later = lambda slots, call, width: link._late.append(
-            (Arrived(), slots.clone(), call, width, link.exchanges)
-        )
         launches[threading.get_ident()] = []
         layer = syncbn.SyncBatchNorm(3, process_group=group)
         layer.layer_name = "stem"
