@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 from helpers.links import NoPeers, forced
-from syncbn import functional
+from syncbn import functional, wire
 from syncbn.autograd import Plan, SyncBatchNormFunction
+from syncbn.comm.all_reduce import AllReduceOnDevice
+from syncbn.wire import Call
 
 ATEN = torch.ops.aten
 # Operators that read a value back to the host, or whose output's shape depends on values.
@@ -82,3 +84,30 @@ def test_global_moments_never_wait(_forced: None) -> None:
 def test_the_mode_catches_what_it_is_for() -> None:
     with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
         torch.ones(1, device="meta").item()
+
+
+class _InOrder:
+    """A group of two whose sums are in order on the stream: there is nothing to wait for."""
+
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 2
+
+    def allreduce(self, tensors: list[Tensor], options: Any) -> None:
+        self.asked.append(options.asyncOp)
+
+
+def test_a_device_sums_on_the_current_stream() -> None:
+    """And not on another one, with events between; such a sum may have no work to wait for."""
+    group = _InOrder()
+    link = AllReduceOnDevice(group, torch.device("meta"))
+    call = Call(wire.FORWARD, "layer", 0)
+    for count in (1, 2):
+        shared = link.share(link.message(7, call), call)
+        assert shared.parts.shape == (1, 7) and link.exchanges == count
+    assert group.asked == [False, False]
