@@ -27,7 +27,7 @@ venv: $(STAMP) ## make .venv and install everything, pinned
 
 # An environment that works is kept. A candidate for a new one counts only if it runs, is new enough and can make
 # environments (Debian ships venv separately).
-$(STAMP): pyproject.toml constraints.txt $(wildcard setup.py syncbn/kernels/native/*.[ch])
+$(STAMP): pyproject.toml constraints.txt $(wildcard setup.py syncbn/kernels/native/*.[ch] syncbn/comm/*.c)
 	@found=; if $(BIN)/python -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; then exit 0; fi; \
 	python="$(PYTHON)"; \
 	for candidate in $${python:-python3.11 python3 python3.12 python3.13 python3.14}; do \
@@ -50,12 +50,12 @@ test: $(STAMP) ## run the tests that need no GPU (mpiexec included), in minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not nccl" $(PYTEST_FLAGS)
 
 # A second copy of the package, whose compiled part stops at a read or write outside of memory or at undefined behaviour.
-sanitize: $(STAMP) ## run the tests of the compiled loops under AddressSanitizer and UBSan
+sanitize: $(STAMP) ## run the tests of the compiled parts under AddressSanitizer and UBSan
 	rm -rf $(OUT)/sanitized build
 	CFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" LDFLAGS="-fsanitize=address,undefined" \
 	    $(PIP) install -q $(PIP_FLAGS) --no-deps --no-build-isolation --target $(OUT)/sanitized .
 	PYTHONPATH=$(OUT)/sanitized LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	    UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -P -m pytest -m "not slow" tests/test_native.py $(PYTEST_FLAGS)
+	    UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -P -m pytest -m "not slow" tests/test_native.py tests/test_sockets.py $(PYTEST_FLAGS)
 
 lint: $(STAMP) ## check style and formatting, and the shell scripts
 	$(BIN)/python -m ruff check .

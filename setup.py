@@ -1,7 +1,8 @@
-"""The compiled part of the package; everything else is in pyproject.toml.
+"""The compiled parts of the package, loops and exchanges; everything else is in pyproject.toml.
 
-It is optional: without a compiler the package is installed without it, and works on PyTorch's own operators. One binary
-serves every Python from 3.11 on (the stable ABI) and every PyTorch (it sees addresses, no headers of theirs).
+They are optional: without a compiler the package is installed without them, and works on PyTorch's own operators and in
+Python. One binary of each serves every Python from 3.11 on (the stable ABI) and every PyTorch (they see addresses, no
+headers of theirs).
 """
 
 import os
@@ -9,22 +10,28 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-FOLDER = Path("syncbn", "kernels", "native")
+KERNELS = Path("syncbn", "kernels", "native")
+PACKETS = Path("syncbn", "comm", "packets.c")
 OPTIMIZE = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]  # a level of the caller's wins
+COMMON = {
+    "define_macros": [("Py_LIMITED_API", "0x030b0000")],
+    "py_limited_api": True,
+    "optional": True,
+}
+FLAGS = ["-std=gnu11", *OPTIMIZE, "-g0", "-fvisibility=hidden"]
 
 setup(
     ext_modules=[
         Extension(
             "syncbn.kernels.native._native",
-            sources=sorted(map(str, FOLDER.glob("*.c"))),
-            depends=sorted(map(str, FOLDER.glob("*.h"))),
-            define_macros=[("Py_LIMITED_API", "0x030b0000")],
+            sources=sorted(map(str, KERNELS.glob("*.c"))),
+            depends=sorted(map(str, KERNELS.glob("*.h"))),
             # Contraction to fused operations would round the output differently in the forward and the backward.
-            extra_compile_args=["-std=gnu11", *OPTIMIZE, "-g0", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"],
+            extra_compile_args=[*FLAGS, "-fopenmp", "-ffp-contract=off"],
             extra_link_args=["-fopenmp"],
-            py_limited_api=True,
-            optional=True,
-        )
+            **COMMON,
+        ),
+        Extension("syncbn.comm._packets", sources=[str(PACKETS)], extra_compile_args=FLAGS, **COMMON),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -241,7 +241,8 @@ def batch_norm(
     call = Call(wire.FORWARD, layer, _gradient_flags(input, weight, bias))
     if channels is None:
         channels = next((t.numel() for t in vectors if isinstance(t, Tensor)), None)
-    error = _error(input, vectors, residual, mask, activation, eps, channels, check)
+    plain = not compiling and _torch.plainly_eager()
+    error = _error(input, vectors, residual, mask, activation, eps, channels, check, plain)
     if error is None and training and (link.size > 1 or mask is not None):
         error = arguments.float64_error(input)
     if error is not None:
@@ -260,7 +261,6 @@ def batch_norm(
         needed = must_synchronize(link) or mask is not None
         if (needed or _collects(memory)) and _torch.is_shadow(input):
             return _after(_without_values(input, vectors, eps), residual, relu)
-        plain = _torch.plainly_eager()
         # On a CPU our kernels are quicker than torch's, and more exact, without peers as well. Not where somebody looks
         # on, who knows torch's batch norm and not ours.
         if needed or (plain and kernels.is_native(input)) or input.numel() == 0:
@@ -511,13 +511,16 @@ def _error(
     eps: Any,
     channels: int | None,
     check: Callable[[Tensor], None] | None,
+    plain: bool = False,
 ) -> Exception | None:
-    """What is wrong with the arguments of a layer; None if nothing is."""
+    """What is wrong with the arguments of a layer; None if nothing is.
 
-    if _torch.in_script_trace():  # comparing sizes would warn, and torch's own batch norm compares them
+    Args:
+        plain: whether it is known that nobody looks on: ``_torch.plainly_eager``.
+    """
+    if not plain and _torch.in_script_trace():  # comparing sizes would warn, and torch's own batch norm compares them
         return None
-
-    if torch.compiler.is_compiling():
+    if not plain and torch.compiler.is_compiling():
         return arguments.error(input, vectors, residual, mask, eps, activation, channels, check)
     try:
         return arguments.error(input, vectors, residual, mask, eps, activation, channels, check)

@@ -32,7 +32,7 @@ def resolve_group(process_group: Any) -> dist.ProcessGroup | None:
         TypeError: anything else.
     """
     if process_group is None:
-        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        return _torch.default_group()
     if not dist.is_available():
         raise ValueError(
             f"process_group: this PyTorch was built without torch.distributed, so there are no groups; got "

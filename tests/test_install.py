@@ -99,8 +99,9 @@ def test_wheel_and_sdist_hold_what_they_should(built: tuple[Path, Path]) -> None
     sources = {
         str(path.relative_to(ROOT)) for path in (ROOT / "syncbn").rglob("*.py*") if path.suffix in (".py", ".pyi")
     }
-    extension = {"syncbn/kernels/native/_native.abi3.so"} if shutil.which(COMPILER) else set()
-    assert {name for name in names if name.startswith("syncbn/")} == sources | extension | {"syncbn/py.typed"}
+    compiled = {"syncbn/kernels/native/_native.abi3.so", "syncbn/comm/_packets.abi3.so"}
+    extensions = compiled if shutil.which(COMPILER) else set()
+    assert {name for name in names if name.startswith("syncbn/")} == sources | extensions | {"syncbn/py.typed"}
     assert "-cp311-abi3-" in wheel.name
     data = {name.removeprefix(f"{stem}.data/data/") for name in names if ".data/" in name}
     assert data == {f"share/syncbn/launch/{name}" for name in RECIPES}
@@ -179,13 +180,19 @@ def test_without_a_compiler_the_package_installs_and_says_so(built: tuple[Path, 
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
     pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
     must(run(*pip, "--target", tmp_path / "packages", source, cwd=tmp_path, CC="no-such-compiler"))
-    ask = "from syncbn.kernels import native; print(native.__file__, native.available(), native.reason())"
+    ask = (
+        "from syncbn.comm import packets; from syncbn.kernels import native; "
+        "print(native.__file__, packets.swap, native.available(), native.reason())"
+    )
     said = must(run(sys.executable, "-c", ask, cwd=tmp_path / "packages"))
-    assert str(tmp_path) in said and "False the compiled extension is missing" in said
+    assert str(tmp_path) in said and "None False the compiled extension is missing" in said
 
 
 def test_the_extension_works_where_the_wheel_is_installed(environment: Path, tmp_path: Path) -> None:
     if shutil.which(COMPILER) is None:
         pytest.skip(f"there is no compiler {COMPILER}")
-    ask = "from syncbn.kernels import native; print(native.available(), native.reason())"
-    assert must(run(environment / "bin" / "python", "-c", ask, cwd=tmp_path)) == "True \n"
+    ask = (
+        "from syncbn.comm import packets; from syncbn.kernels import native; "
+        "print(packets.swap is not None, native.available(), native.reason())"
+    )
+    assert must(run(environment / "bin" / "python", "-c", ask, cwd=tmp_path)) == "True True \n"

@@ -9,11 +9,13 @@ import contextlib
 import ctypes
 import gc
 import json
+import math
 import os
 import random
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -24,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from syncbn.comm import farewell, handshake, sockets
+from syncbn.comm import farewell, handshake, packets, sockets
 from syncbn.comm.farewell import Farewell
 from syncbn.comm.sockets import PeersLost, Sockets
 
@@ -37,6 +39,18 @@ def soon() -> float:
 
 
 DEADLINE = 60.0
+
+
+@pytest.fixture(params=["compiled", "python"])
+def course(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smooth course of an exchange in compiled code, and in Python alone."""
+    if request.param == "python":
+        monkeypatch.setattr(packets, "swap", None)
+    elif packets.swap is None:
+        pytest.skip("the compiled part is not there")
+
+
+both = pytest.mark.usefixtures("course")
 
 
 class World:
@@ -94,9 +108,12 @@ def swap(
 ) -> dict[int, bytes]:
     """One exchange; each peer's frame, as long as this rank's."""
     buffers = [memoryview(bytearray(room or max(LONGEST, len(frame)))) for _ in link.peers]
-    link.send(memoryview(frame))
-    time.sleep(pause)
-    link.receive(buffers, time.monotonic() + timeout)
+    if pause:
+        link.send(memoryview(frame))
+        time.sleep(pause)
+        link.receive(buffers, time.monotonic() + timeout)
+    else:
+        link.swap(memoryview(frame), buffers, time.monotonic() + timeout)
     return {peer: bytes(buffer[: len(frame)]) for peer, buffer in zip(link.peers, buffers, strict=True)}
 
 
@@ -122,16 +139,19 @@ def lost(link: Sockets, *, timeout: float = 10.0, frame: bytes = bytes(136)) -> 
 LENGTHS = [8, 136, 4232, LONGEST - 8, LONGEST, LONGEST + 8, 2 * LONGEST, 2 * handshake.PACKET, 8 * handshake.PACKET]
 
 
+@both
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_each_rank_gets_each_frame(size: int) -> None:
     run(size, lambda rank, link: check_swaps(rank, link, [*LENGTHS, *reversed(LENGTHS)]))
 
 
+@both
 def test_more_than_all_buffers_hold() -> None:
     """100,000 channels on four ranks: each reads while it writes."""
     run(4, lambda rank, link: check_swaps(rank, link, [200_001 * 8, 136, 200_001 * 8]))
 
 
+@both
 @pytest.mark.parametrize("buffer", [4096, 20_000])
 def test_a_kernel_that_gives_little_room(buffer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handshake, "BUFFER", buffer)
@@ -151,6 +171,7 @@ def test_a_kernel_that_gives_little_room(buffer: int, monkeypatch: pytest.Monkey
     run(3, body)
 
 
+@both
 def test_buffers_as_short_as_the_frames() -> None:
     run(3, lambda rank, link: check_swaps(rank, link, [8, 8, 16], room=16))
 
@@ -171,6 +192,7 @@ def test_frames_of_different_lengths_arrive_whole() -> None:
     run(4, body)
 
 
+@both
 def test_ranks_out_of_step_in_time() -> None:
     """A rank may be one exchange ahead, and a wait longer than a read blocks."""
 
@@ -552,7 +574,7 @@ def test_a_rank_that_leaves_after_the_exchange_is_no_loss_to_it(how: str) -> Non
 
     def body(rank: int, link: Sockets) -> None:
         if rank == 0:
-            slow = link._sends[0]
+            slow = link._sends[0]  # and not by ``swap``
 
             def send(*args: Any) -> int:
                 time.sleep(0.5 if how != "vanish" else 0.12)
@@ -576,6 +598,7 @@ def test_a_rank_that_leaves_after_the_exchange_is_no_loss_to_it(how: str) -> Non
     run(3, body)
 
 
+@both
 def test_blame_is_passed_on() -> None:
     """Each rank that gave up closed its connections too, and is not blamed for that."""
 
@@ -592,6 +615,7 @@ def test_blame_is_passed_on() -> None:
         assert ranks == {7: "it was lost in some other way"}
 
 
+@both
 def test_a_farewell_of_one_that_did_not_read_what_it_was_sent() -> None:
     """The kernel says that the connection was reset, before it gives what was sent."""
 
@@ -605,6 +629,7 @@ def test_a_farewell_of_one_that_did_not_read_what_it_was_sent() -> None:
     run(2, body)
 
 
+@both
 @pytest.mark.parametrize("frame", [136, 2_000_000])
 def test_a_rank_that_leaves_while_others_hold_its_connections(frame: int) -> None:
     """As processes do that were forked behind Python's back: peers hear of it all the same."""
@@ -629,6 +654,7 @@ def test_a_rank_that_leaves_while_others_hold_its_connections(frame: int) -> Non
     assert heard - closed < soon()
 
 
+@both
 def test_a_farewell_is_longer_than_the_buffers() -> None:
     def body(rank: int, link: Sockets) -> None:
         reason = "it had enough " * 100
@@ -645,6 +671,7 @@ def test_a_farewell_is_longer_than_the_buffers() -> None:
     run(2, body)
 
 
+@both
 def test_a_rank_that_arrives_after_all_gave_up() -> None:
     """Frames and farewells lie there for it; it may read them although the peers closed with unread frames."""
 
@@ -660,8 +687,11 @@ def test_a_rank_that_arrives_after_all_gave_up() -> None:
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, MemoryError, TimeoutError, ConnectionResetError])
-def test_an_exception_between_the_writes(wide: bool, raised: type[BaseException]) -> None:
+def test_an_exception_between_the_writes(
+    wide: bool, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever comes out of an exchange ends it: a handler of signals may raise at any point."""
+    monkeypatch.setattr(packets, "swap", None)
 
     def body(rank: int, link: Sockets) -> None:
         swap(link, bytes(136))
@@ -684,6 +714,7 @@ def test_an_exception_between_the_writes(wide: bool, raised: type[BaseException]
     run(3, body)
 
 
+@both
 def test_an_exchange_that_was_left_unfinished() -> None:
     def body(rank: int, link: Sockets) -> None:
         if rank == 1:
@@ -728,6 +759,7 @@ def test_bytes_that_are_no_farewell(packet: bytes) -> None:
     assert farewell.decode(packet) is None
 
 
+@both
 def test_a_farewell_always_arrives() -> None:
     def body(rank: int, link: Sockets) -> None:
         if rank == 0:
@@ -745,16 +777,126 @@ def test_exceptions_are_described() -> None:
     assert farewell.describe(ValueError("a b")) == "ValueError: a b"
 
 
-@pytest.mark.parametrize(("cores", "looks"), [({0}, 0), ({0, 1}, sockets.LOOKS), ({0, 1, 2}, sockets.LOOKS)])
-def test_readers_look_before_they_sleep_where_each_rank_has_a_core(
-    cores: set[int], looks: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("size", "cores", "looks"), [(2, 1, True), (4, 1, True), (5, 1, False), (5, 2, True)])
+def test_readers_look_before_they_sleep_unless_too_many_share_a_core(
+    size: int, cores: int, looks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(cores))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
 
     def body(rank: int, link: Sockets) -> None:
-        assert link._looks == looks
+        assert link._looking == (sockets.LOOKING if looks else 0)
 
-    run(2, body)
+    run(size, body)
+
+
+# ---- compiled code
+
+
+needs_compiled = pytest.mark.skipif(packets.swap is None, reason="the compiled part is not there")
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+@needs_compiled
+def test_how_far_an_exchange_got() -> None:
+    assert packets.swap is not None
+    frame = memoryview(bytes(range(16)))
+    ends = [pair() for _ in range(3)]
+    packed = packets.pack([mine.fileno() for mine, _ in ends])
+    buffers = [memoryview(bytearray(64)) for _ in ends]
+    for _, theirs in ends:
+        theirs.send(bytes(reversed(range(16))))
+    assert packets.swap(packed, frame, buffers, 0) is None
+    assert all(buffer[:16] == bytes(reversed(range(16))) for buffer in buffers)
+    assert all(theirs.recv(64) == frame for _, theirs in ends)
+    ends[0][1].send(bytes(16))
+    ends[1][1].send(bytes(24))  # of another length
+    assert packets.swap(packed, frame, buffers, 1000) == (3, 1, 24)
+    ends[2][1].close()
+    assert packets.swap(packed, frame, buffers, 1000) == (2, 0, -1)  # nothing is read before all is written
+    for mine, theirs in ends:
+        mine.close()
+        theirs.close()
+
+
+@needs_compiled
+def test_a_packet_that_is_late_is_left_to_the_poll() -> None:
+    assert packets.swap is not None
+    mine, theirs = pair()
+    mine.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, (0).to_bytes(8, "little") + (50_000).to_bytes(8, "little"))
+    began = time.monotonic()
+    packed = packets.pack([mine.fileno()])
+    assert packets.swap(packed, memoryview(bytes(8)), [memoryview(bytearray(64))], 10_000) == (1, 0, -1)
+    assert 0.04 < time.monotonic() - began < 5
+    mine.close()
+    theirs.close()
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    ("ends", "buffers"), [(1, 2), (2, 1), (0, 1)], ids=["more buffers", "fewer buffers", "no ends"]
+)
+def test_compiled_code_checks_what_it_is_given(ends: int, buffers: int) -> None:
+    assert packets.swap is not None and packets.add_rows is not None
+    frame = memoryview(bytes(8))
+    with pytest.raises(ValueError, match="bytes of ends do not go with"):
+        packets.swap(packets.pack([0] * ends), frame, [memoryview(bytearray(8))] * buffers, 0)
+    with pytest.raises(BufferError, match="not writable"):
+        packets.swap(packets.pack([0]), frame, [bytes(8)], 0)  # type: ignore[list-item]
+    total = (ctypes.c_double * 4)()
+    for start, step, count, width in [
+        (0, 16, 3, 2),
+        (8, 16, 2, 2),
+        (-8, 8, 1, 1),
+        (0, 8, 0, 1),
+        (4, 8, 1, 1),
+        (0, 8, 1, 5),
+    ]:
+        with pytest.raises(ValueError, match="are not in 32 bytes"):
+            packets.add_rows(bytearray(32), start, step, count, ctypes.addressof(total), width)
+
+
+@needs_compiled
+def test_rows_are_added_in_order() -> None:
+    assert packets.add_rows is not None
+    rows = [[1e16, 1.0, -0.0], [1.0, 2.0, -0.0], [-1e16, 4.0, -0.0]]
+    memory = bytearray(b"".join(struct.pack("5d", 7.0, *row, 9.0) for row in rows))
+    total = (ctypes.c_double * 3)()
+    packets.add_rows(memory, 8, 40, 3, ctypes.addressof(total), 3)
+    assert list(total) == [(1e16 + 1.0) - 1e16, 7.0, 0.0]
+    assert math.copysign(1.0, total[2]) == -1.0
+
+
+@needs_compiled
+def test_who_lost_a_core_sleeps_at_once_for_a_while() -> None:
+    """A rank that looks and gets its core back late waits for somebody who computes: the note is in its ends."""
+    assert packets.swap is not None
+    packed = packets.pack([])
+    packed[:8] = (3).to_bytes(8, sys.byteorder)
+    for left in (2, 1, 0, 0):
+        packets.swap(packed, memoryview(bytes(8)), [], 0)
+        assert int.from_bytes(packed[:8], sys.byteorder) == left
+
+
+def test_connections_that_another_thread_closes_while_they_are_in_use() -> None:
+    """Their descriptors are closed by who uses them, lest a file that is opened meanwhile gets the number."""
+
+    def body(rank: int, link: Sockets) -> None:
+        if rank == 0:
+            numbers = [end.socket.fileno() for end in link._ends]
+            closer = threading.Timer(0.3, link.close, ["another thread had enough"])
+            closer.start()
+            error = lost(link)
+            closer.join()
+            assert error.ranks == {0: "another thread had enough"}
+            assert all(end.socket.fileno() == -1 for end in link._ends), numbers
+        else:
+            time.sleep(0.6)
+            assert lost(link).ranks == {0: "another thread had enough"}
+
+    run(3, body)
 
 
 # ---- processes

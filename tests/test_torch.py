@@ -104,6 +104,18 @@ def test_registered_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         dist.destroy_process_group()
 
 
+def test_the_default_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _torch.default_group() is None
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert _torch.default_group() is dist.group.WORLD is not None
+        monkeypatch.setattr(_torch, "_c10d_world", None)
+        assert _torch.default_group() is dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+    assert _torch.default_group() is None
+
+
 def test_meshes_and_their_parts() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate

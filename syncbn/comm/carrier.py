@@ -121,12 +121,14 @@ class Carrier:
             margin = min(_MARGIN, self._timeout / 10)
             self._levels.swap(frames, length, deadline - margin, deadline, deadline + margin + SECONDS)
             return
-        sockets.send(frames.views[self._rank][: 8 * length])
-        if self._others:
-            self._start(frames, length)
-        sockets.receive(frames.of_peers(sockets.peers), deadline)
-        if self._others:
-            self._gloo.wait(deadline)
+        mine, theirs = frames.views[self._rank][: 8 * length], frames.of_peers(sockets.peers)
+        if not self._others:
+            sockets.swap(mine, theirs, deadline)
+            return
+        sockets.send(mine)
+        self._start(frames, length)
+        sockets.receive(theirs, deadline)
+        self._gloo.wait(deadline)
 
     def _start(self, frames: Frames, length: int) -> None:
         rows = frames.tensor

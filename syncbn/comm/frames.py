@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from syncbn import _torch
+from syncbn.comm.packets import add_rows
 
 
 class Frames:
@@ -40,3 +41,14 @@ class Frames:
         if known is None:
             known = self._of_peers[peers] = [self.views[peer] for peer in peers]
         return known
+
+    def sum(self, start: int, width: int) -> Tensor:
+        """The sum over ranks of ``width`` float64 from ``start`` on in each frame, in rank order: a new tensor."""
+        if add_rows is None:
+            total = self.tensor[0, start : start + width].clone()
+            for part in self.tensor[1:, start : start + width]:
+                total += part
+            return total
+        total = torch.empty(width, dtype=torch.float64)
+        add_rows(self.bytes, 8 * start, 8 * self.length, self._size, total.data_ptr(), width)
+        return total

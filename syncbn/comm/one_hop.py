@@ -29,6 +29,7 @@ class OneHop(Link):
     def __init__(self, group: Any, device: torch.device, levels: bool = False) -> None:
         super().__init__(group, torch.device("cpu"))  # that of the messages, also for inputs on others
         self._frames = Frames(self.size, HEAD + FRAME)
+        self._heads = [view[:HEADER_BYTES] for view in self._frames.views]
         self._carrier = Carrier(group, device, levels)
         self._messages: dict[int, tuple[Message, Shared]] = {}  # per width: what is sent, and the payloads of all
 
@@ -54,8 +55,8 @@ class OneHop(Link):
             if message is not own:
                 own.payload.copy_(payload[:FRAME])
             mine = wire.encode(call, width, self.exchanges)
-            self._frames.views[self.rank][:HEADER_BYTES] = mine
-            self._swap(self._frames, len(own.whole), call, width)
+            self._heads[self.rank][:] = mine
+            self._swap(self._frames, HEAD + min(width, FRAME), call, width)
             if self._checks != "off" or width > FRAME:  # a rest of another length would abort the process
                 self._compare(mine)
             else:
@@ -79,6 +80,15 @@ class OneHop(Link):
         except BaseException as error:
             self._leave(error, call, width)
             raise
+
+    def sum(self, payload: Tensor, call: Call) -> Tensor:
+        width = payload.numel()
+        if width > FRAME:
+            return super().sum(payload, call)
+        message = self.message(width, call)
+        fill(message, payload)
+        self.share(message, call)
+        return self._frames.sum(HEAD, width).to(payload.device)
 
     def gather(self, payload: Tensor, call: Call) -> list[Tensor]:
         message = self.message(payload.numel(), call)
@@ -110,8 +120,8 @@ class OneHop(Link):
         return Shared(torch.cat([heads.parts, rests.tensor], 1), raw=False)
 
     def _compare(self, mine: bytes) -> None:
-        for view in self._frames.views:
-            if view[:HEADER_BYTES] != mine:
+        for head in self._heads:
+            if head != mine:
                 self._raise_mismatch()
 
     def _hear_refusals(self) -> None:

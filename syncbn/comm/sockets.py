@@ -5,10 +5,11 @@ carry a mark behind their data. A packet's length says what it is:
 
     0 mod 8: a frame, or the last part of one; 4 mod 8: a part, and a mark; odd: a farewell; none: the peer is gone.
 
-A rank writes to all its peers without waiting, then reads from each. Where each rank has a core, it looks a few times
-before it sleeps, as a wake-up takes longer than a message. A read blocks: that takes no time of a core. After
-``PATIENCE`` seconds the reader looks at all its peers at once (``_Rest``), so that it hears of one that died while it
-waits for another.
+A rank writes to all its peers without waiting, then reads from each. Unless too many ranks share a core, it
+looks for a while before it sleeps, as a wake-up takes longer than a message, and lets others have the core in between.
+A read blocks: that takes no time of a core. After ``PATIENCE`` seconds the reader looks at all its peers at once
+(``_Rest``), so that it hears of one that died while it waits for another. As far as all goes smoothly, an exchange is
+one call of compiled code (``packets.c``).
 
 An exchange that does not end as it should on a rank ends all of that rank's connections: it tells its peers whom it
 lost and why (``farewell``), and closes. So does a rank that is interrupted, drops the group, or exits. The kernel
@@ -28,12 +29,15 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from syncbn.comm import farewell
+from syncbn.comm import farewell, packets
 from syncbn.comm.farewell import Farewell
 from syncbn.comm.handshake import BUFFER, PATIENCE, Connection, Tell, connect_pairs, is_of_kernel, pid_of_peer
 
-LOOKS = 48
-"""How often a reader looks before it sleeps: as long as one or two wake-ups of a core take, some 50 microseconds."""
+LOOKING = 300_000
+"""Nanoseconds that a reader looks before it sleeps, and gives its core to others in between: some wake-ups long."""
+
+PER_CORE = 4
+"""Where there are more ranks than so many for each core, a reader does not look: they take turns too slowly."""
 
 LATE = "it did not come in time"
 
@@ -69,8 +73,8 @@ class PeersLost(Exception):
 class Sockets:
     """One rank's connections to those ranks of its group with which it shares a host.
 
-    Each exchange is one ``send`` and one ``receive``. An exception out of either, of any kind, closes all connections,
-    and the peers know; later calls raise ``PeersLost`` with the same ranks.
+    Each exchange is one ``send`` and one ``receive``, or both in a ``swap``. An exception out of any, of any kind,
+    closes all connections, and the peers know; later calls raise ``PeersLost`` with the same ranks.
 
     Args:
         rank: of the group.
@@ -89,8 +93,10 @@ class Sockets:
         self._ends = [connections[peer] for peer in self.peers]
         self._sends = [end.socket.send for end in self._ends]
         self._reads = [end.socket.recv_into for end in self._ends]
-        self._looks = LOOKS if len(connections) < len(_cores(self._ends)) else 0
+        self._looking = LOOKING if len(connections) < PER_CORE * len(_cores(self._ends)) else 0
         self._packet = min((end.packet for end in self._ends), default=0)
+        self._packed = packets.pack([end.socket.fileno() for end in self._ends])
+        self._in_use = False  # their descriptors, by ``swap``: not to be closed meanwhile, lest another file gets them
         self._frame: memoryview | None = None  # that of the exchange that is under way
         self._sent = 0  # to how many peers
         self._exchanges = 0
@@ -101,6 +107,42 @@ class Sockets:
     def connect(cls, rank: int, size: int, tell: Tell) -> Sockets:
         """See ``connect_pairs``."""
         return cls(rank, connect_pairs(rank, size, tell).ends)
+
+    def swap(self, frame: memoryview, buffers: list[memoryview], deadline: float) -> None:
+        """``send`` and ``receive``, in one call of compiled code as far as all goes smoothly.
+
+        Args:
+            frame: as in ``send``.
+            buffers, deadline: as in ``receive``.
+
+        Raises:
+            PeersLost: as in ``send`` and ``receive``.
+        """
+        swap = packets.swap
+        if swap is None or len(frame) > self._packet or not buffers or len(buffers[0]) < farewell.LIMIT:
+            self.send(frame)
+            self.receive(buffers, deadline)
+            return
+        self._in_use = True
+        try:
+            if self._dead is not None or self._frame is not None:
+                self._refuse()
+            self._frame, self._sent = frame, 0
+            course = swap(self._packed, frame, buffers, self._looking)
+            if course is not None:
+                self._sent, read, other = course
+                self._complete(buffers, len(frame), read, other, deadline)
+            self._frame = None
+        except PeersLost:
+            raise
+        except BaseException as error:
+            self._interrupt(error)
+            raise
+        finally:
+            self._in_use = False
+            if self._dead is not None:
+                self._close()
+        self._exchanges += 1
 
     def send(self, frame: memoryview) -> None:
         """Write ``frame`` to all peers, without waiting; what cannot be written now is left to ``receive``.
@@ -194,21 +236,9 @@ class Sockets:
 
     def _finish(self, buffers: Sequence[memoryview] | None, expected: int, deadline: float) -> list[int]:
         """Write what is left of the frame, and read a frame of each peer if there are buffers; bytes of each."""
-        frame = self._frame
-        assert frame is not None
-        count = len(self._ends)
         try:
-            done, other = (count, -1) if buffers is None else self._read_each(buffers, expected)
-            lengths = [expected] * done
-            if done < count or self._sent < count:
-                rest = _Rest(self.peers, self._ends, frame, buffers or (), self._exchanges)
-                rest.run(self._sent, done, other, deadline)
-                if rest.lost and rest.expired and not self._alone:
-                    raise PeersLost(rest.lost, True, expired=True)
-                if rest.lost:
-                    self.give_up(rest.lost, rest.timed_out)
-                    self._refuse()
-                lengths += [rest.lengths[place] for place in range(done, count)]
+            read, other = (len(self._ends), -1) if buffers is None else self._read_each(buffers, expected)
+            lengths = self._complete(buffers or (), expected, read, other, deadline)
         except PeersLost:
             raise
         except BaseException as error:
@@ -216,6 +246,27 @@ class Sockets:
             raise
         self._frame = None
         return lengths
+
+    def _complete(
+        self, buffers: Sequence[memoryview], expected: int, read: int, other: int, deadline: float
+    ) -> list[int]:
+        """The rest of an exchange, if there is one, after so many frames of that length were read; bytes of each.
+
+        Args:
+            other: length of a packet that was read from the next peer as well, or -1.
+        """
+        count = len(self._ends)
+        if read == count and self._sent == count:
+            return [expected] * count
+        assert self._frame is not None
+        rest = _Rest(self.peers, self._ends, self._frame, buffers, self._exchanges)
+        rest.run(self._sent, read, other, deadline)
+        if rest.lost and rest.expired and not self._alone:
+            raise PeersLost(rest.lost, True, expired=True)
+        if rest.lost:
+            self.give_up(rest.lost, rest.timed_out)
+            self._refuse()
+        return [expected] * read + [rest.lengths[place] for place in range(read, count)]
 
     def _read_each(self, buffers: Sequence[memoryview], length: int) -> tuple[int, int]:
         """Read one packet of each peer, as long as they come and have this length.
@@ -228,7 +279,7 @@ class Sockets:
             return 0, -1
         try:
             for read, buffer in zip(self._reads, buffers, strict=True):
-                got = _read_soon(read, buffer, self._looks)
+                got = _read_soon(read, buffer, self._looking)
                 if got != length:
                     return done, got
                 done += 1
@@ -247,11 +298,14 @@ class Sockets:
         self.close(f"it was interrupted by {farewell.describe(error)}")
 
     def _close(self) -> None:
+        if self._in_use:  # by another thread, which finds them shut down, and closes them
+            return
         for end in self._ends:
             end.socket.close()
 
     def _forget(self) -> None:
         """Leave the connections to the parent, in a forked child."""
+        self._in_use = False  # by a thread that the child does not have
         if self._dead is None:
             self._dead = PeersLost({self._rank: _FORKED}, False)
             self._close()
@@ -270,14 +324,16 @@ def _cores(ends: Sequence[Connection]) -> set[int]:
     return cores
 
 
-def _read_soon(read: Callable[..., int], buffer: memoryview, looks: int) -> int:
-    """Length of the next packet: look so many times whether it is there, then sleep until it comes."""
-    for _ in range(looks):
+def _read_soon(read: Callable[..., int], buffer: memoryview, looking: int) -> int:
+    """Length of the next packet: look for so many nanoseconds whether it is there, then sleep until it comes."""
+    enough = time.monotonic_ns() + looking if looking else 0
+    while looking and time.monotonic_ns() < enough:
         try:
             return read(buffer, 0, _READ_NOW)
         except BlockingIOError as error:
             if not is_of_kernel(error):
                 raise
+            os.sched_yield()
     return read(buffer, 0, _LENGTH)
 
 
