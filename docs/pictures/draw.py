@@ -27,13 +27,14 @@ STYLE = """
   .card { fill: #ffffff; } .line { stroke: #6e7781; fill: none; } .head { fill: #6e7781; }
   text { fill: #1f2328; font: 14px system-ui, "Helvetica Neue", Arial, sans-serif; }
   .name { font: 13px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
-  .small { fill: #57606a; font-size: 12px; } .title { font-weight: 600; }
+  .small { fill: #57606a; font-size: 13px; } .title { font-weight: 600; }
   .box { fill: #f3f5f8; stroke: #8c959f; } .main { fill: #dcebff; stroke: #1f6feb; stroke-width: 1.6; }
-  .floor { stroke: #d0d7de; }
+  .floor { stroke: #d0d7de; } .sample { fill: #0072b2; stroke: #ffffff; }
   @media (prefers-color-scheme: dark) {
     .card { fill: #161b22; } .line { stroke: #9198a1; } .head { fill: #9198a1; }
     text { fill: #f0f6fc; } .small { fill: #b1bac4; }
-    .box { fill: #262c36; stroke: #6e7681; } .main { fill: #12315c; stroke: #58a6ff; } .floor { stroke: #3d444d; }
+    .box { fill: #262c36; stroke: #6e7681; } .main { fill: #12315c; stroke: #58a6ff; }
+    .floor { stroke: #3d444d; } .sample { fill: #56b4e9; }
   }
 """
 
@@ -48,10 +49,10 @@ class Stage(NamedTuple):
 
 
 FORWARD = (
-    Stage("measure", ("count, mean and squared", "deviations of x"), "kernels"),
+    Stage("measure", ("count, mean, squared", "deviations of x"), "kernels"),
     Stage("share", ("2C + 1 float64:", "n, mean, M2", "of every rank"), "comm", True),
     Stage("remember", ("move the running", "statistics"), "memory.py, kernels"),
-    Stage("normalize", ("by the mean and variance", "of all ranks"), "kernels"),
+    Stage("normalize", ("by mean and variance", "of all ranks"), "kernels"),
 )
 BACKWARD = (
     Stage("pack sums", ("of g and of g * xhat;", "they are dbias, dweight"), "kernels"),
@@ -88,6 +89,45 @@ def draw_step() -> str:
     note = "The verbs are functions in syncbn/autograd.py; below each column, where its work is done."
     parts.append(_text(MARGIN, 510, note, "small"))
     return _svg(526, parts, "One training step of two ranks, and its two messages")
+
+
+def draw_samples() -> str:
+    """Where the samples of a batch are, and which of them a rank's mean and variance are of: locally, and together."""
+    ranks, lane, gap, top = (3, 2, 3), 62, 12, 78
+    total, bottom = sum(ranks), top + len(ranks) * (lane + gap) - gap
+    parts: list[str] = []
+    for left, title, words in (
+        (MARGIN, "nn.BatchNorm: as many estimates as ranks", "mean, var of its {n}"),
+        (WIDTH / 2 + MARGIN, "SyncBatchNorm: one estimate, of all samples", "mean, var of all {total}"),
+    ):
+        together = left > MARGIN
+        parts.append(_text(left, 28, title, "title"))
+        parts.append(_text(left + 64, 56, "samples: they stay", "small"))
+        if together:
+            parts.append(_text(left + 226, 56, "what travels", "small"))
+            parts.append(_box(left + 54, top - 8, 246, bottom - top + 16, True))
+        for rank, n in enumerate(ranks):
+            y = top + rank * (lane + gap)
+            middle = y + lane / 2
+            parts.append(_text(left, middle + 5, f"rank {rank}", "small"))
+            parts.append(_box(left + 62, y, 140, lane, not together))
+            for sample in range(n):
+                parts.append(f'<circle class="sample" cx="{left + 90 + 42 * sample:g}" cy="{middle:g}" r="14"/>')
+            if together:
+                parts.append(_box(left + 222, middle - 15, 70, 30, False))
+                parts.append(_text(left + 257, middle + 5, "n, μ, M2", "name", "middle"))
+                parts.append(
+                    f'<line class="line" x1="{left + 202:g}" y1="{middle:g}" x2="{left + 222:g}" y2="{middle:g}"/>'
+                )
+            parts.append(_arrow(left + (300 if together else 206), middle, left + (320 if together else 226)))
+            parts.append(_text(left + (324 if together else 232), middle + 5, words.format(n=n, total=total), "small"))
+    notes = (
+        "Each rank normalizes its own samples. Alone it does so by its own estimate, which is noise when they are few;",
+        "together by one, the same bits on every rank. Count, mean and squared deviations travel, never samples.",
+    )
+    for line, words in enumerate(notes):
+        parts.append(_text(MARGIN, bottom + 40 + 18 * line, words, "small"))
+    return _svg(bottom + 76, parts, "Where the samples of each rank go, without and with synchronization")
 
 
 def _panel(top: float, title: str, start: str, stages: tuple[Stage, ...], end: str) -> list[str]:
@@ -141,7 +181,7 @@ def _arrow(x1: float, y: float, x2: float) -> str:
     return line + f'<path class="head" d="M{x2:g} {y:g}l-8 -4v8z"/>'
 
 
-PICTURES = {"floors.svg": draw_floors, "step.svg": draw_step}
+PICTURES = {"floors.svg": draw_floors, "step.svg": draw_step, "samples.svg": draw_samples}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():

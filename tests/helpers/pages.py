@@ -3,7 +3,7 @@
 The Python of a page is run section by section: what stands above the first ``##`` heading, and then the section's own
 pieces, in one namespace. A piece is a fenced block marked ``python``, run as it is, or as a doctest if it has prompts;
 or an HTML comment that begins with ``python``, for preparations that readers need not see. ``python needs=cuda`` marks
-what a machine may lack.
+what a machine may lack. A ``{literalinclude}`` is the whole file, the part that readers do not see as well.
 """
 
 from __future__ import annotations
@@ -87,6 +87,9 @@ def _read_block(page: Page, token: Token) -> None:
             page.sections[-1].pieces.append((line, hidden[1] + "\n", ""))
     elif language == "python":
         page.sections[-1].pieces.append((token.map[0] + 2, token.content, options.removeprefix("needs=")))
+    elif language == "{literalinclude}":
+        code = (page.path.parent / options).read_text()
+        page.sections[-1].pieces.append((1, code, ""))
     elif language in SHELL:
         page.commands += [line.removeprefix("$ ").strip() for line in token.content.splitlines() if line.strip()]
 
