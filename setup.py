@@ -6,6 +6,7 @@ headers of theirs).
 """
 
 import os
+import re
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,7 +21,17 @@ COMMON = {
 }
 FLAGS = ["-std=gnu11", *OPTIMIZE, "-g0", "-fvisibility=hidden"]
 
+
+def description() -> str:
+    """The README as a package index can show it: there, paths into the repository lead nowhere."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[[^\]]*\]\((?!https:)[^)]*\)\n+", "", text, flags=re.MULTILINE)  # pictures
+    return re.sub(r"\[([^\]]*)\]\((?!https:|#)[^)]*\)", r"\1", text)
+
+
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=[
         Extension(
             "syncbn.kernels.native._native",
