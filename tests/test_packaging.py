@@ -82,6 +82,7 @@ def test_make_names_its_targets() -> None:
         "soak",
         "bench",
         "experiments",
+        "pictures",
         "clean",
         "help",
     }

@@ -60,16 +60,17 @@ def test_the_reference_has_all_names_and_their_types(site: Path) -> None:
     reference = page(site, "api/index")
     for name in syncbn.__all__:
         assert f'id="syncbn.{name}"' in reference or f'id="module-syncbn.{name}"' in reference, name
-    entry = reference[reference.index('id="syncbn.convert_sync_batchnorm"') :]
-    text = re.sub(r"<[^>]*>", "", entry[: entry.index('<dl class="py', 10)])
-    assert re.search(r"module\s*\([^)]*Module", html.unescape(text)), text
+    entry = reference[reference.index('id="syncbn.functional.sync_batch_norm"') :]
+    text = html.unescape(re.sub(r"<[^>]*>", "", entry[: entry.index('<dl class="py', 10)]))
+    assert re.search(r"input \(Tensor\)", text) and re.search(r"training \(bool\)", text), text
 
 
 def test_the_search_finds_convert(site: Path) -> None:
     index = json.loads((site / "searchindex.js").read_text().removeprefix("Search.setIndex(").removesuffix(")"))
     found = index["terms"]["convert"]
     names = {index["docnames"][i] for i in ([found] if isinstance(found, int) else found)}
-    assert {"five_minutes", "migration", "api/index"} <= names, names
+    assert {"five_minutes", "migration"} <= names, names
+    assert "convert_sync_batchnorm" in json.dumps(index["objects"]["syncbn"])
 
 
 def test_results_are_shown_where_their_numbers_are(site: Path) -> None:
@@ -79,9 +80,9 @@ def test_results_are_shown_where_their_numbers_are(site: Path) -> None:
         "transports": "latency.png",
         "how_it_works": "step.svg",
         "five_minutes": "samples.svg",
-        "notebooks/noise": ".png",
     }.items():
         assert re.search(rf'<img[^>]*src="[^"]*_images/[^"]*{re.escape(picture)}"', page(site, name)), name
+    assert 'src="data:image/png;base64,' in page(site, "notebooks/noise")
 
 
 @pytest.fixture
