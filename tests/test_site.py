@@ -106,7 +106,6 @@ def address(site: Path, tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 def test_in_a_browser(address: str, tmp_path: Path) -> None:
     """At 1400 and at 500 pixels no page is wider than its window; formulas and pictures show; the search finds."""
