@@ -31,9 +31,12 @@ class Driver:
         self.by_address = False
 
     def __call__(self, *args: Any) -> None:
-        x, y, z, stream, code, *_, given = args
+        x, y, z, stream, code, _, _, _, metadata, enter, _, *_, given = args
+        if enter is not None and metadata is not None:  # as the launcher in C does
+            enter(metadata)
         self.by_address = not any(isinstance(value, Tensor) for value in given)
-        values = tuple(value.data_ptr() if isinstance(value, Tensor) else value for value in given)
+        # (what is None is a constant of the code, and what stands in its place is not looked at)
+        values = tuple(value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in given)
         self.launches.append((x, y, z, stream, code, values))
 
 
@@ -83,22 +86,22 @@ def test_they_are_those_that_triton_makes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The code, the grid and all arguments."""
-    launch, names = triton._launch_here, []
+    launch, names = triton._launch, []
     monkeypatch.setattr(triton, "SIZES", triton.Sizes(programs=8, whole=0))
 
-    def three_times(layout: Any, device: Any, kernel: Any, *args: Any) -> None:
+    def three_times(layout: Any, like: Tensor, kernel: Any, *args: Any, **options: Any) -> None:
         driver.launches.clear()
         triton._direct.clear()
-        launch(layout, device, kernel, *args)
+        launch(layout, like, kernel, *args, **options)
         assert not driver.by_address
         triton._direct.add("cpu")
-        launch(layout, device, kernel, *args)
-        launch(layout, device, kernel, *args)
+        launch(layout, like, kernel, *args, **options)
+        launch(layout, like, kernel, *args, **options)
         assert driver.by_address, "the second launch searched for the kernel again"
         assert len(driver.launches) == 3 and len(set(driver.launches)) == 1
         names.append(kernel.__name__)
 
-    monkeypatch.setattr(triton, "_launch_here", three_times)
+    monkeypatch.setattr(triton, "_launch", three_times)
     x = torch.zeros(4 * C * 15 + offset, dtype=torch.bfloat16)[offset:]
     x = x.view(4, 15, C).movedim(-1, 1) if columns else x.view(4, C, 15)
     step(x, relu, parameters, momentum, headed)
@@ -130,7 +133,23 @@ def test_wide_offsets_are_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not driver.by_address
 
 
-@pytest.mark.parametrize("when", ["found", "started"])
+def test_who_listens_to_launches_hears_them() -> None:
+    from triton import knobs
+
+    heard: list[str] = []
+    for _ in range(2):
+        triton.normalize(torch.zeros(2, C), torch.zeros(C).double(), torch.ones(C).double(), None, None)
+    hook = knobs.runtime.launch_enter_hook
+    driver.launches.clear()
+    hook.add(listener := lambda metadata: heard.append(metadata.get()["name"]))
+    try:
+        triton.normalize(torch.zeros(2, C), torch.zeros(C).double(), torch.ones(C).double(), None, None)
+    finally:
+        hook.remove(listener)
+    assert heard == ["normalize"] and driver.by_address
+
+
+@pytest.mark.parametrize("when", ["found", "started", "called"])
 def test_a_triton_that_starts_kernels_in_another_way(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each launch is made once, the way that is documented, and nothing else is tried again."""
     from triton.compiler import CompiledKernel
@@ -138,9 +157,14 @@ def test_a_triton_that_starts_kernels_in_another_way(when: str, monkeypatch: pyt
     def other(*args: Any, **kwargs: Any) -> None:
         raise TypeError("unexpected keyword argument")
 
-    monkeypatch.setattr(CompiledKernel, "__getitem__", other if when == "found" else lambda self, grid: other)
+    if when == "found":
+        monkeypatch.setattr(CompiledKernel, "__getitem__", other)
+    elif when == "started":
+        monkeypatch.setattr(triton, "_starter", lambda compiled, number: other)
+    else:  # what is documented works all the same
+        monkeypatch.setattr(triton, "_CALL", (*triton._CALL, "more"))
     driver.launches.clear()
     for count in (1, 2, 3):
         triton.normalize(torch.zeros(2, C), torch.zeros(C).double(), torch.ones(C).double(), None, None)
-        assert len(driver.launches) == count and not driver.by_address
-    assert triton._direct == set()
+        assert len(driver.launches) == count and driver.by_address == (when == "called" and count > 1)
+    assert triton._direct == ({"cpu"} if when == "called" else set())
