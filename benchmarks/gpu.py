@@ -1,28 +1,41 @@
 """The layer and its kernels on one GPU, against PyTorch's layers and against a copy of the same bytes.
 
-    python benchmarks/gpu.py                     # ResNet-50's shapes; minutes
-    python benchmarks/gpu.py --batches 32 --dtypes bfloat16 --parts layer
+    python benchmarks/gpu.py                     # what matters most first, for 400 seconds
+    python benchmarks/gpu.py --budget 1500 --batches 32 --dtypes bfloat16 --parts layer step
+    torchrun --nproc-per-node 8 benchmarks/gpu.py --parts exchange step        # the two that several ranks make real
     python benchmarks/gpu.py --interpret         # no GPU: tiny shapes in Triton's interpreter, results and launches
 
-One process with a group of one rank over NCCL. Compared are
+A group over NCCL, of one rank unless torchrun starts more. Compared are
 
 * ``nn.BatchNorm2d`` (cuDNN or PyTorch's own kernels), which synchronizes nothing;
 * the autograd function of ``nn.SyncBatchNorm``, applied directly, so that its synchronized path runs on one rank;
 * ``syncbn.SyncBatchNorm`` within ``comm.forced()``, which runs ours: it is asserted that our kernels and one
   collective each way ran, by what was launched.
 
-Everything is compared with float64 first. Times are medians of CUDA events, eager and as a CUDA graph. The inputs
-rotate through more memory than the L2 cache holds. Launches and host synchronizations are counted by the profiler.
+The parts: ``layer``, and ``chain`` with a residual and a rectifier; ``host``, the time until a call has returned, which
+no device is waited for in; ``spin``, the layer with a kernel that keeps the device busy for 10, 20 and 30 us in place
+of each sum, which is what the latency of a sum over many GPUs costs; ``exchange``, an all-reduce of float64 sums beside
+an all-gather of the same; ``step``, a ResNet-50's forward and backward in DistributedDataParallel, with the layers on
+its group or on one of their own; ``kernel``, each function; ``compiled``, the layer under torch.compile.
+
+Everything is compared with float64 first. Times are medians of CUDA events, eager and as a CUDA graph, all on one
+stream, on which autograd's nodes then run as well. The inputs rotate through more memory than the L2 cache holds.
+Launches and host synchronizations are counted by the profiler. Rows are written as they come; one that fails says why,
+and the next one follows.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import itertools
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 if "--interpret" in sys.argv:  # Triton looks when it is imported
@@ -38,7 +51,7 @@ import syncbn
 from syncbn import comm, kernels
 from syncbn.comm.all_reduce import AllReduceOnDevice
 from syncbn.messages import Message, Shared
-from syncbn.wire import SLOTS
+from syncbn.wire import SLOTS, summed_length
 
 STAGES = [(64, 112, 112), (64, 56, 56), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -48,8 +61,11 @@ OURS = {
     "backward": {"sum_gradients", "finish_gradients", "input_gradient"},
 }
 WHATS = ("forward", "backward", "both")
-PARTS = ("kernel", "layer", "chain")
+PARTS = ("layer", "host", "spin", "exchange", "step", "kernel", "chain", "compiled")
+ONCE = ("host", "spin", "exchange", "step", "compiled")  # in the first setting alone
+SPINS = (10, 20, 30)
 EPS = 1e-5
+Rows = list[dict[str, object]]
 
 
 class TorchSync(nn.BatchNorm2d):
@@ -159,19 +175,34 @@ def eager_time(run: Callable[[int], object], copies: int, rounds: int) -> float:
 
 
 def graph_time(run: Callable[[int], object], copies: int, rounds: int) -> float:
-    """The same for a graph that holds a pass through all inputs: what the device needs, without launching."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            for i in range(copies):
-                run(i)
-    torch.cuda.current_stream().wait_stream(stream)
+    """The same for a graph that holds a pass through all inputs: what the device needs, without launching.
+
+    Warmed up and captured on the current stream, where the forwards of kept graphs were: a backward runs on the stream
+    of its forward, and one on another stream would not be captured.
+    """
+    for _ in range(2):
+        for i in range(copies):
+            run(i)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for i in range(copies):
             run(i)
     return _median_of_events(graph.replay, rounds) / copies
+
+
+def host_time(run: Callable[[int], object], copies: int, rounds: int) -> float:
+    """Median seconds until a call has returned; the device works it off between the rounds."""
+    times = []
+    for i in range(max(copies, 3)):
+        run(i % copies)
+    for turn in range(rounds):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(5):
+            run(turn % copies)
+        times.append((time.perf_counter() - started) / 5)
+    return statistics.median(times)
 
 
 def _median_of_events(run: Callable[[], object], rounds: int) -> float:
@@ -264,7 +295,7 @@ def layers(channels: int, device: str, with_torch: bool, fused: bool) -> dict[st
     return {name: Chain(norm, fused and name == "syncbn", fused).to(device) for name, norm in sides.items()}
 
 
-def measure_layers(case: Case, layout: str, fused: bool, rounds: int, device: str) -> list[dict[str, object]]:
+def measure_layers(case: Case, layout: str, fused: bool, rounds: int, device: str) -> Rows:
     """One row for each of forward, backward and both: medians in microseconds, ratios, launches, waits."""
     interpreted = device == "cpu"
     sides = layers(case.shape[1], device, not interpreted, fused)
@@ -272,7 +303,7 @@ def measure_layers(case: Case, layout: str, fused: bool, rounds: int, device: st
         case.check(side)
     runs = {name: case.runs(side) for name, side in sides.items()}
     ours = assert_ours_ran(runs["syncbn"])
-    rows: list[dict[str, object]] = []
+    rows: Rows = []
     # Passes over the tensor: forward 2 reads and a write, backward 4 and a write; the residual, once a pass more.
     passes = {"forward": 4, "backward": 8, "both": 12} if fused else {"forward": 3, "backward": 5, "both": 8}
     for what in WHATS:
@@ -286,9 +317,10 @@ def measure_layers(case: Case, layout: str, fused: bool, rounds: int, device: st
             row["copy us"] = copy * 1e6
             for name, side_runs in runs.items():
                 eager, graph = (time(side_runs[what], case.copies, rounds) for time in (eager_time, graph_time))
-                names, waits = counted(side_runs[what])
                 row |= {f"{name} eager us": eager * 1e6, f"{name} graph us": graph * 1e6}
-                row |= {f"{name} launches": len(names), f"{name} waits": waits}
+                if what == "both":
+                    names, waits = counted(side_runs[what])
+                    row |= {f"{name} launches": len(names), f"{name} waits": waits}
             for other in ("BatchNorm2d", "SyncBatchNorm"):
                 for mode in ("eager", "graph"):
                     row[f"{mode} over {other}"] = number(row, f"syncbn {mode} us") / number(row, f"{other} {mode} us")
@@ -303,7 +335,7 @@ def number(row: dict[str, object], name: str) -> float:
     return value
 
 
-def measure_kernels(case: Case, layout: str, rounds: int, device: str) -> list[dict[str, object]]:
+def measure_kernels(case: Case, layout: str, rounds: int, device: str) -> Rows:
     """One row for each function: against the reference, and against a copy of the bytes that it must move."""
     ours = kernels.choose(case.xs[0], None, raw=True)
     assert kernels.name_of(ours) == "Triton", "the kernels are not used here"
@@ -331,7 +363,7 @@ def measure_kernels(case: Case, layout: str, rounds: int, device: str) -> list[d
         "pack_gradient_sums": (2, lambda i: ours.pack_gradient_sums(vectors(i), backward, (None, None))),
         "shared_input_gradient": (3, lambda i: ours.shared_input_gradient(vectors(i), shared_sums, False)),
     }  # fmt: skip
-    rows: list[dict[str, object]] = []
+    rows: Rows = []
     for name, (passes, run) in functions.items():
         run(0)
         row: dict[str, object] = {
@@ -347,61 +379,311 @@ def measure_kernels(case: Case, layout: str, rounds: int, device: str) -> list[d
     return rows
 
 
-def show(rows: Sequence[dict[str, object]]) -> None:
-    for row in rows:
-        numbers = [f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float) and " us" not in key]
-        times = [f"{key} {value:.0f}" for key, value in row.items() if isinstance(value, float) and " us" in key]
-        counts = [f"{key} {value}" for key, value in row.items() if isinstance(value, int)]
-        head = " ".join(str(row[key]) for key in ("part", "shape", "layout", "dtype", "what"))
-        print(f"{head:<58} {'  '.join(times + numbers + counts)}", flush=True)
+def measure_host(case: Case, layout: str, rounds: int, device: str) -> Rows:
+    """The time until forward, backward and both have returned, of each side."""
+    row = head("host", case, layout, "both")
+    for name, side in layers(case.shape[1], device, device != "cpu", False).items():
+        for what, run in case.runs(side).items():
+            run(0)
+            if device != "cpu":
+                row[f"{name} {what} host us"] = host_time(run, case.copies, rounds) * 1e6
+    return [row]
+
+
+def measure_spins(case: Case, layout: str, rounds: int, device: str) -> Rows:
+    """The layer with a kernel that takes so long in place of each sum."""
+    rows: Rows = []
+    side = layers(case.shape[1], device, False, False)["syncbn"]
+    cycles = 0.0
+    if device != "cpu":
+        cycles = 1e5 / (graph_time(lambda i: torch.cuda._sleep(100_000), 1, rounds) * 1e6)  # in a microsecond
+    reduce = comm.AllReduce._reduce
+    for microseconds in (0, *SPINS):
+
+        def spin(self: Any, message: Tensor, call: Any, width: int, length: int = microseconds) -> None:
+            if cycles and length:
+                torch.cuda._sleep(int(length * cycles))
+
+        comm.AllReduce._reduce = spin  # type: ignore[method-assign]
+        try:
+            run = case.runs(side)["both"]
+            run(0)
+            row = head("spin", case, layout, f"both, sums of {microseconds} us")
+            if device != "cpu":
+                row["syncbn eager us"] = eager_time(run, case.copies, rounds) * 1e6
+                row["syncbn graph us"] = graph_time(run, case.copies, rounds) * 1e6
+        finally:
+            comm.AllReduce._reduce = reduce  # type: ignore[method-assign]
+        rows.append(row)
+    return rows
+
+
+def measure_exchanges(rounds: int, device: str) -> Rows:
+    """One message to all ranks: as a sum of float64, and as all ranks' float64, whose result grows with the ranks."""
+    rows: Rows = []
+    ranks = dist.get_world_size()
+    options = dist.AllreduceOptions()
+    options.asyncOp = device == "cpu"
+    for channels in (64, 256, 2048):
+        width = 2 * channels + 1
+        summed = torch.ones(summed_length(width), dtype=torch.float64, device=device)
+        own = torch.ones(width, dtype=torch.float64, device=device)
+        gathered = torch.zeros(ranks * width, dtype=torch.float64, device=device)
+
+        def reduce(i: int, message: Tensor = summed) -> None:
+            work = dist.group.WORLD.allreduce([message], options)
+            if work is not None:
+                work.wait()
+
+        def gather(i: int, own: Tensor = own, gathered: Tensor = gathered) -> None:
+            dist.all_gather_into_tensor(gathered, own)
+
+        for what, run in (("all-reduce", reduce), ("all-gather", gather)):
+            row: dict[str, object] = {"part": "exchange", "shape": f"{channels} channels", "what": what, "ranks": ranks}
+            run(0)
+            if device != "cpu":
+                row["syncbn eager us"] = eager_time(run, 1, rounds) * 1e6
+                row["syncbn graph us"] = graph_time(run, 1, rounds) * 1e6
+                row["syncbn host us"] = host_time(run, 1, rounds) * 1e6
+            rows.append(row)
+        assert bool((gathered == 1).all())
+    return rows
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, each with a batch norm, and what goes around them."""
+
+    def __init__(self, inputs: int, width: int, stride: int, make: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, width, 1, bias=False), make(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride, 1, bias=False), make(width), nn.ReLU(),
+            nn.Conv2d(width, outputs, 1, bias=False), make(outputs),
+        )  # fmt: skip
+        self.around: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.around = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), make(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.around(x))
+
+
+def resnet(make: Callable[[int], nn.Module], width: int, blocks: Sequence[int], classes: int = 1000) -> nn.Module:
+    """The residual network of bottlenecks (He et al., 2016); 64 and (3, 4, 6, 3) make a ResNet-50, of 53 norms."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, 7, 2, 3, bias=False), make(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+    ]  # fmt: skip
+    inputs = width
+    for stage, count in enumerate(blocks):
+        for block in range(count):
+            layers.append(Bottleneck(inputs, width << stage, 2 if stage and not block else 1, make))
+            inputs = 4 * (width << stage)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+def measure_step(batch: int, dtype: torch.dtype, layout: str, rounds: int, device: str) -> Rows:
+    """Forward and backward of a ResNet-50 under autocast, in DistributedDataParallel, with each sort of layers."""
+    small = device == "cpu"
+    shape = (2, 3, 32, 32) if small else (batch, 3, 224, 224)
+    given = (4, (1, 1)) if small else (64, (3, 4, 6, 3))
+    own = dist.new_group(list(range(dist.get_world_size())), **_in_a_hurry(device))
+    makes: dict[str, Callable[[int], nn.Module]] = {
+        "BatchNorm2d": nn.BatchNorm2d,
+        "syncbn": syncbn.SyncBatchNorm,
+        "syncbn own group": partial(syncbn.SyncBatchNorm, process_group=own),
+    }
+    if small:  # with the link of a device
+        comm._links[own] = {torch.device("cpu"): AllReduceOnDevice(own, torch.device("cpu"))}
+    else:
+        makes["SyncBatchNorm"] = TorchSync
+    x = torch.randn(shape, device=device).contiguous(memory_format=LAYOUTS[layout])
+    row: dict[str, object] = {
+        "part": "step", "shape": "x".join(map(str, shape)), "layout": layout,
+        "dtype": str(dtype).removeprefix("torch."), "what": "both", "ranks": dist.get_world_size(),
+    }  # fmt: skip
+    for name, make in makes.items():
+        torch.manual_seed(0)
+        model = resnet(make, *given, classes=10 if small else 1000).to(device, memory_format=LAYOUTS[layout])
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+        def step(i: int, model: nn.Module = model) -> None:
+            with torch.autocast(device, torch.bfloat16, enabled=dtype is not torch.float32):
+                loss = model(x).float().square().mean()
+            loss.backward()
+
+        step(0)
+        if not small:
+            row[f"{name} eager us"] = eager_time(step, 1, rounds) * 1e6
+            row[f"{name} host us"] = host_time(step, 1, 5) * 1e6
+        del model
+    if not small:
+        for name in makes:
+            row[f"{name} over BatchNorm2d"] = number(row, f"{name} eager us") / number(row, "BatchNorm2d eager us")
+    return [row]
+
+
+def _in_a_hurry(device: str) -> dict[str, Any]:
+    """Options of a group whose kernels run before others' that wait."""
+    return {} if device == "cpu" else {"pg_options": dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)}
+
+
+def measure_compiled(case: Case, layout: str, rounds: int, device: str) -> Rows:
+    """Forward and backward under torch.compile, which traces plain formulas and uses none of the kernels."""
+    side = layers(case.shape[1], device, False, False)["syncbn"]
+    compiled = torch.compile(side, backend="eager" if device == "cpu" else "inductor")
+    x, r = case.xs[0].detach().requires_grad_(), case.residuals[0]
+
+    def run(i: int) -> object:
+        return torch.autograd.grad(compiled(x, r), x, case.grads[0])
+
+    run(0)
+    row = head("compiled", case, layout, "both")
+    if device != "cpu":
+        row["syncbn eager us"] = eager_time(run, 1, rounds) * 1e6
+    return [row]
+
+
+def head(part: str, case: Case, layout: str, what: str) -> dict[str, object]:
+    return {
+        "part": part, "shape": "x".join(map(str, case.shape)), "layout": layout,
+        "dtype": str(case.dtype).removeprefix("torch."), "what": what,
+    }  # fmt: skip
+
+
+class Table:
+    """The rows, shown and written as they come."""
+
+    COMMON = ("part", "shape", "layout", "dtype", "what", "ranks", "device", "machine", "error")
+
+    def __init__(self, name: str, device: str) -> None:
+        self.count = self.failed = 0
+        self.given = {"device": device, "machine": timing.machine()}
+        self.file = None
+        if name:
+            timing.RESULTS.mkdir(exist_ok=True)
+            self.file = (timing.RESULTS / name).open("w", newline="")
+            # One value to a line, since parts have different ones.
+            self.writer = csv.writer(self.file, lineterminator="\n")
+            self.writer.writerow([*self.COMMON, "name", "value"])
+
+    def add(self, row: dict[str, object]) -> None:
+        self.count += 1
+        self.failed += "error" in row
+        show(row)
+        if self.file is None:
+            return
+        known = [(row | self.given).get(key, "") for key in self.COMMON]
+        values = {key: value for key, value in row.items() if key not in self.COMMON} or {"": ""}
+        for key, value in values.items():
+            self.writer.writerow([*known, key, f"{value:.4g}" if isinstance(value, float) else value])
+        self.file.flush()
+
+
+def show(row: dict[str, object]) -> None:
+    names = ("part", "shape", "layout", "dtype", "what")
+    numbers = [f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float) and " us" not in key]
+    times = [f"{key} {value:.0f}" for key, value in row.items() if isinstance(value, float) and " us" in key]
+    counts = [f"{key} {value}" for key, value in row.items() if isinstance(value, int)]
+    error = [str(row["error"])] if "error" in row else []
+    head = " ".join(str(row[key]) for key in names if key in row)
+    print(f"{head:<58} {'  '.join(times + numbers + counts + error)}", flush=True)
+
+
+def tasks(args: argparse.Namespace, stages: Sequence[tuple[int, ...]], device: str) -> Iterator[tuple[str, Any]]:
+    """What is measured, in the order of its worth: a name and a function that makes rows."""
+    settings = list(itertools.product(args.batches, args.dtypes, args.layouts))
+    settings.sort(
+        key=lambda s: args.batches.index(s[0]) + 2 * args.dtypes.index(s[1]) + args.layouts.index(s[2])
+    )  # stable
+    for place, (batch, dtype_name, layout) in enumerate(settings):
+        dtype = DTYPES[dtype_name]
+        for part in PARTS:
+            if part not in args.parts or (place and part in ONCE):
+                continue
+            if part == "exchange":
+                yield "exchange", partial(measure_exchanges, args.rounds, device)
+            elif part == "step":
+                yield "step", partial(measure_step, batch, dtype, layout, args.rounds, device)
+            else:
+                for stage in stages[1:3] if part in ONCE and len(stages) > 2 else stages:
+                    yield (
+                        f"{part} {(batch, *stage)} {layout} {dtype_name}",
+                        partial(_of_case, part, (batch, *stage), dtype, layout, args.rounds, device),
+                    )
+
+
+def _of_case(part: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str, rounds: int, device: str) -> Rows:
+    case = Case(shape, dtype, LAYOUTS[layout], device)
+    if part in ("layer", "chain"):
+        return measure_layers(case, layout, part == "chain", rounds, device)
+    measure = {
+        "kernel": measure_kernels, "host": measure_host, "spin": measure_spins, "compiled": measure_compiled,
+    }[part]  # fmt: skip
+    return measure(case, layout, rounds, device)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="syncbn.SyncBatchNorm on a GPU")
     parser.add_argument("--interpret", action="store_true", help="tiny shapes on the CPU; no times")
-    parser.add_argument("--batches", type=int, nargs="+", default=[2, 8, 32, 128])
-    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--layouts", choices=LAYOUTS, nargs="+", default=list(LAYOUTS))
-    parser.add_argument(
-        "--parts", choices=("kernel", "layer", "chain"), nargs="+", default=["kernel", "layer", "chain"]
-    )
+    parser.add_argument("--budget", type=float, default=400.0, help="seconds after which nothing new is begun")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 8, 2, 128], help="the most important first")
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--layouts", choices=LAYOUTS, nargs="+", default=["NHWC", "NCHW"])
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--csv", default="gpu.csv", help="name of the file below benchmarks/results; empty for none")
     args = parser.parse_args()
+    ends = time.monotonic() + args.budget
     device = "cpu" if args.interpret else "cuda"
     if not args.interpret and not torch.cuda.is_available():
         raise SystemExit("no GPU here; --interpret checks results and launches without one")
-    dist.init_process_group("gloo" if args.interpret else "nccl", store=dist.HashStore(), rank=0, world_size=1)
-    stages, batches = (STAGES, args.batches) if not args.interpret else ([(20, 9, 9), (3, 5, 7)], [4])
+    if "WORLD_SIZE" in os.environ and not args.interpret:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+    else:
+        dist.init_process_group("gloo" if args.interpret else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+    stages = STAGES if not args.interpret else [(20, 9, 9), (3, 5, 7)]
     if args.interpret:
         from syncbn.kernels import triton
 
+        args.batches = [4]
         kernels._interpreted = True
         triton.SIZES = triton.SIZES._replace(whole=0)
+        torch.autograd.set_multithreading_enabled(False)
         cpu = torch.device("cpu")  # with the link of a device
         comm._links[dist.group.WORLD] = {cpu: AllReduceOnDevice(dist.group.WORLD, cpu)}
-    rows: list[dict[str, object]] = []
+    else:
+        torch.cuda.set_stream(torch.cuda.Stream())
+    first = dist.get_rank() == 0
+    name = args.csv if first and not args.interpret else ""
+    table = Table(name, "cpu" if args.interpret else torch.cuda.get_device_name())
+    left_out = []
     with comm.forced():
-        for batch in batches:
-            for stage in stages:
-                for layout in args.layouts:
-                    for dtype in args.dtypes:
-                        case = Case((batch, *stage), DTYPES[dtype], LAYOUTS[layout], device)
-                        found: list[dict[str, object]] = []
-                        if "kernel" in args.parts:
-                            found += measure_kernels(case, layout, args.rounds, device)
-                        for fused in (False, True):
-                            if ("chain" if fused else "layer") in args.parts:
-                                found += measure_layers(case, layout, fused, args.rounds, device)
-                        show(found)
-                        rows += found
+        for what, measure in tasks(args, stages, device):
+            # Ranks that measured different things would wait for each other: the first one's clock counts for all.
+            late = torch.tensor([time.monotonic() > ends], dtype=torch.int32, device=device)
+            dist.broadcast(late, 0)
+            if bool(late):
+                left_out.append(what)
+                continue
+            try:
+                rows = measure()
+            except Exception as error:
+                if args.interpret or dist.get_world_size() > 1:  # (others may wait in the middle of it)
+                    raise
+                rows = [{"part": what, "what": "failed", "error": " ".join(f"{type(error).__name__}: {error}".split())}]
+            for row in rows if first else []:
+                table.add(row)
+    if left_out:
+        print(f"no time was left for {len(left_out)} of the rest: {', '.join(left_out)}")
     if args.interpret:
-        print(f"{len(rows)} rows: results agree with float64, and our kernels ran; nothing was timed")
-    elif args.csv:
-        columns = {key: "" for row in rows for key in row}
-        name = torch.cuda.get_device_name()
-        print(f"written: {timing.write_csv(args.csv, [columns | row | {'device': name} for row in rows])}")
+        print(f"{table.count} rows: results agree with float64, and our kernels ran; nothing was timed")
+    elif table.file is not None:
+        print(f"written: {table.file.name}, {table.count} rows, {table.failed} failed")
     dist.destroy_process_group()
+    if table.failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Arithmetic of batch normalization on one rank: no process group is known here.
 
 ``reference`` is the ground truth in plain formulas, and says what each function does. The others have the same
-functions: ``native`` has compiled loops for CPUs, ``triton`` kernels for CUDA, and ``aten`` is the fast composition of
-PyTorch's own operators for any device (its plain forms, which ``composed`` puts together). Which of them works on a
-tensor is decided here:
+functions: ``native`` has compiled loops for CPUs, ``triton`` kernels for CUDA, ``torch_sync`` the operators of torch's
+own SyncBatchNorm, and ``aten`` is the fast composition of PyTorch's operators for any device (the plain forms of the
+last two, which ``composed`` puts together). Which of them works on a tensor is decided here:
 
 * native on a CPU, where the extension was built;
 * Triton for float16, bfloat16 and float32 on CUDA devices of compute capability 8.0 or later;
+* the operators of torch's SyncBatchNorm on other CUDA and HIP tensors;
 * ATen otherwise.
 
-Where native or Triton cannot work, the logger ``syncbn`` says why, once per device. ``SYNCBN_KERNELS`` in the
-environment, ``native`` (default) or ``aten``, chooses for CPUs.
+Where native, Triton or torch's operators cannot work, the logger ``syncbn`` says why, once per device.
+``SYNCBN_KERNELS`` in the environment, ``native`` (default) or ``aten``, chooses for CPUs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.kernels import aten, native
+from syncbn.kernels import aten, native, torch_sync
 from syncbn.kernels.composed import Composed, clean_padding
 from syncbn.kernels.values import statistics
 
@@ -58,8 +59,8 @@ def choose(x: Tensor, mask: Tensor | None, raw: bool) -> Any:
         return native
     triton = _triton(x)
     if triton is None:
-        return _ATEN
-    return triton if raw and mask is None else _composed_triton(triton)
+        return _ATEN if (other := _torch_sync(x)) is None else _composed(other)
+    return triton if raw and mask is None else _composed(triton)
 
 
 def is_native(x: Tensor) -> bool:
@@ -93,17 +94,19 @@ def choice() -> str:
 
 
 def _say(devices: object, missing: str, reason: str) -> None:
-    logging.getLogger("syncbn").warning("layers on %s run on ATen operators, not on %s: %s", devices, missing, reason)
+    logging.getLogger("syncbn").warning("layers on %s do not run on %s, but on operators: %s", devices, missing, reason)
 
 
 def plain(x: Tensor) -> Any:
     """What has the plain forms for a tensor: ``moments``, ``normalize``, ``gradient_sums`` ...; see ``reference``."""
-    return _triton(x) or aten
+    return _triton(x) or _torch_sync(x) or aten
 
 
 def name_of(kernel: Any) -> str:
     """What people call a result of ``choose``."""
-    return "native" if kernel is native else "ATen" if kernel is _ATEN else "Triton"
+    if kernel is native or kernel is _ATEN:
+        return "native" if kernel is native else "ATen"
+    return "torch's SyncBatchNorm" if getattr(kernel, "plain", None) is torch_sync else "Triton"
 
 
 def moments(x: Tensor) -> Tensor:
@@ -136,8 +139,25 @@ def _load_triton(device: torch.device) -> Any:
 
 
 @lru_cache
-def _composed_triton(triton: Any) -> Composed:
-    return Composed(triton)
+def _composed(plain: Any) -> Composed:
+    return Composed(plain)
+
+
+def _torch_sync(x: Tensor) -> Any:
+    if not x.is_cuda or x.shape[1] == 0 or type(x) not in _PLAIN:
+        return None
+    return torch_sync if _torch_sync_works(x.device, x.dtype) else None
+
+
+@lru_cache
+def _torch_sync_works(device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        torch_sync.check(device, dtype)
+    except Exception as error:  # whatever it is, there is another way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        _say(device, "the operators of torch's SyncBatchNorm", reason)
+        return False
+    return True
 
 
 def _check_device(device: torch.device) -> None:

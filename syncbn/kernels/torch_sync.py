@@ -1,0 +1,140 @@
+"""The plain forms of ``reference`` on the operators below torch's own SyncBatchNorm: CUDA and HIP devices.
+
+For where Triton's kernels cannot work: ROCm, compute capability below 8.0, float64. Each form is one pass of one
+kernel, and a few operations on vectors, where ``aten`` takes some ten calls. PyTorch has these operators on such
+devices alone, and does not document them, so ``check`` compares them with ``aten`` before they are used on one.
+
+They take means and deviations in float32 (float64 for float64 input). What a mean loses by that is put back by way of
+the shift, but statistics of a rank are float32 as they come: the mean is off by up to 6e-8 of itself, as in
+``torch.nn.SyncBatchNorm``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from syncbn.channels import compute_dtype
+from syncbn.kernels import aten
+
+__all__ = ["check", "gradient_sums", "input_gradient", "moments", "normalize", "relu_gradient"]
+
+_EPS = 1e-30  # keeps a variance of zero apart from one that is infinite, for which the deviation's inverse is zero
+
+
+def moments(x: Tensor, *, raw: bool = False) -> Tensor:
+    """See ``reference``."""
+    channels = x.shape[1]
+    if x.numel() == 0:
+        return torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
+    count = x.numel() // channels
+    mean, invstd = (v.double() for v in torch.batch_norm_stats(x, _EPS))
+    m2 = invstd.square_().reciprocal_().sub_(_EPS).clamp_(min=0.0).mul_(count)
+    if raw:
+        total = mean * count
+        mean, m2 = total, m2.addcmul_(total, mean)
+    return torch.cat([torch.full((1,), count, dtype=torch.float64, device=x.device), mean, m2])
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """See ``reference``; before a residual is added, the output is rounded once more."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    pivot, scale = mean.to(compute_dtype(x)), invstd.to(compute_dtype(x))
+    factor = torch.ones_like(pivot) if weight is None else weight.to(pivot.dtype)
+    shift = (pivot - mean) * invstd * factor
+    if bias is not None:
+        shift += bias
+    y = torch.batch_norm_elemt(x, factor, shift.to(pivot.dtype), pivot, scale, _EPS)
+    if residual is not None:
+        y = (y + residual).to(y.dtype)
+    return y.relu_() if relu else y
+
+
+def relu_gradient(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """See ``reference``."""
+    y = normalize(x, mean, invstd, weight, bias, residual)
+    return torch.where(y <= 0, torch.zeros((), dtype=grad.dtype, device=grad.device), grad)
+
+
+def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """See ``reference``."""
+    if x.numel() == 0:
+        return torch.zeros(2 * x.shape[1], dtype=torch.float64, device=x.device)
+    pivot, scale = mean.to(compute_dtype(x)), invstd.to(compute_dtype(x))
+    sums = torch.batch_norm_backward_reduce(_like(grad, x), x, pivot, scale, None, True, False, False)
+    total, dot = sums[0].double(), sums[1].double()
+    return torch.cat([total, dot.addcmul_(pivot - mean, total).mul_(invstd)])
+
+
+def input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    count: Tensor,
+) -> Tensor:
+    """See ``reference``."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    dtype = compute_dtype(x)
+    pivot, scale = mean.to(dtype), invstd.to(dtype)
+    total, dot = sums.chunk(2)
+    total = torch.addcmul(total, (pivot - mean) * invstd, dot).to(dtype)
+    dot = (dot / invstd).to(dtype)
+    counts = count.clamp(min=1.0).to(torch.int32).view(1)
+    factor = torch.ones_like(pivot) if weight is None else weight.to(dtype)
+    return torch.batch_norm_backward_elemt(_like(grad, x), x, pivot, scale, factor, total, dot, counts)
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient in the dtype and the layout of x, which the operators take for granted."""
+    if grad.dtype is x.dtype and grad.stride() == x.stride():
+        return grad
+    return torch.empty_like(x).copy_(grad)
+
+
+def check(device: torch.device, dtype: torch.dtype) -> None:
+    """Compare all forms with ``aten`` on a device, which is waited for.
+
+    Raises:
+        Exception: whatever stands in the way of the operators; RuntimeError if their results are others.
+    """
+    positions = torch.arange(2 * 3 * 4 * 5, device=device, dtype=torch.float64).view(2, 3, 4, 5)
+    values = (positions * 1.7).sin().add(positions.view(2, 3, -1).mean(-1)[..., None, None] / 60).to(dtype)
+    grad = (positions * 0.9).cos().to(dtype)
+    for form in (torch.contiguous_format, torch.channels_last):
+        x, g = values.contiguous(memory_format=form), grad.contiguous(memory_format=form)
+        results = []
+        for module in (sys.modules[__name__], aten):
+            count, mean, m2 = module.moments(x).split((1, 3, 3))
+            invstd = (m2 / count + 1e-5).rsqrt()
+            weight, bias = mean + 1, invstd * 0.5
+            sums = module.gradient_sums(g, x, mean, invstd)
+            y = module.normalize(x, mean, invstd, weight, bias, g, True)
+            dx = module.input_gradient(g, x, mean, invstd, weight, sums, count)
+            results.append([count, mean, m2, sums, y, dx, module.relu_gradient(g, x, mean, invstd, weight, bias, g)])
+        tolerance = 2e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4
+        for ours, theirs in zip(*results, strict=True):
+            if ours.dtype is not theirs.dtype or not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance):
+                raise RuntimeError(f"the operators of torch's SyncBatchNorm compute something else for {dtype} here")
