@@ -163,6 +163,16 @@ def test_far_from_zero_the_output_is_centred() -> None:
     torch.testing.assert_close(sums[3:], dots, rtol=1e-5, atol=0)
 
 
+def test_any_strides() -> None:
+    x = torch.randn(4, 5, 6, 3).permute(2, 1, 3, 0)
+    mean, invstd = torch.zeros(5).double(), torch.ones(5).double()
+    y = torch_sync.normalize(x, mean, invstd, None, None)
+    dx = torch_sync.input_gradient(torch.ones(()).expand_as(x), x, mean, invstd, None, mean.repeat(2), mean[0] + 72)
+    assert y.stride() == dx.stride() == torch.empty_like(x).stride()
+    torch.testing.assert_close(y, x)
+    torch.testing.assert_close(dx, torch.ones_like(x))
+
+
 def test_what_is_constant_or_not_finite() -> None:
     x = torch.ones(4, 3)
     x[0, 1], x[:2, 2] = torch.nan, torch.tensor([3e38, -3e38])

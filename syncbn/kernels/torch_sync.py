@@ -16,7 +16,7 @@ import sys
 import torch
 from torch import Tensor
 
-from syncbn.channels import compute_dtype
+from syncbn.channels import compute_dtype, has_columns
 from syncbn.kernels import aten
 
 __all__ = ["check", "gradient_sums", "input_gradient", "moments", "normalize", "relu_gradient"]
@@ -30,7 +30,7 @@ def moments(x: Tensor, *, raw: bool = False) -> Tensor:
     if x.numel() == 0:
         return torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
     count = x.numel() // channels
-    mean, invstd = (v.double() for v in torch.batch_norm_stats(x, _EPS))
+    mean, invstd = (v.double() for v in torch.batch_norm_stats(_canonical(x), _EPS))
     m2 = invstd.square_().reciprocal_().sub_(_EPS).clamp_(min=0.0).mul_(count)
     if raw:
         total = mean * count
@@ -55,7 +55,8 @@ def normalize(
     shift = (pivot - mean) * invstd * factor
     if bias is not None:
         shift += bias
-    y = torch.batch_norm_elemt(x, factor, shift.to(pivot.dtype), pivot, scale, _EPS)
+    y = torch.batch_norm_elemt(_canonical(x), factor, shift.to(pivot.dtype), pivot, scale, _EPS)
+    y = _like(y, x)
     if residual is not None:
         y = (y + residual).to(y.dtype)
     return y.relu_() if relu else y
@@ -80,6 +81,7 @@ def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tens
     if x.numel() == 0:
         return torch.zeros(2 * x.shape[1], dtype=torch.float64, device=x.device)
     pivot, scale = mean.to(compute_dtype(x)), invstd.to(compute_dtype(x))
+    x = _canonical(x)
     sums = torch.batch_norm_backward_reduce(_like(grad, x), x, pivot, scale, None, True, False, False)
     total, dot = sums[0].double(), sums[1].double()
     return torch.cat([total, dot.addcmul_(pivot - mean, total).mul_(invstd)])
@@ -104,14 +106,19 @@ def input_gradient(
     dot = (dot / invstd).to(dtype)
     counts = count.clamp(min=1.0).to(torch.int32).view(1)
     factor = torch.ones_like(pivot) if weight is None else weight.to(dtype)
-    return torch.batch_norm_backward_elemt(_like(grad, x), x, pivot, scale, factor, total, dot, counts)
+    data = _canonical(x)
+    dx = torch.batch_norm_backward_elemt(_like(grad, data), data, pivot, scale, factor, total, dot, counts)
+    return _like(dx, x)
 
 
-def _like(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient in the dtype and the layout of x, which the operators take for granted."""
-    if grad.dtype is x.dtype and grad.stride() == x.stride():
-        return grad
-    return torch.empty_like(x).copy_(grad)
+def _canonical(x: Tensor) -> Tensor:
+    """x in a layout that the operators know."""
+    return x.contiguous() if has_columns(x) is None else x
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    """A tensor in the dtype and the layout of x, which the operators take for granted."""
+    return t if t.dtype is x.dtype and t.stride() == x.stride() else torch.empty_like(x).copy_(t)
 
 
 def check(device: torch.device, dtype: torch.dtype) -> None:
