@@ -1,12 +1,12 @@
 """Compile the GPU kernels ahead of time, without a GPU: what the compiler makes of each variant.
 
-    python benchmarks/cubins.py                      # compute capability 9.0 and 8.0
+    python benchmarks/cubins.py                      # compute capability 9.0, 8.9 and 8.0
     python benchmarks/cubins.py --sass --csv cubins.csv
 
 The kernels are called as the layer calls them, for a set of shapes, layouts and dtypes; what would be launched is
 compiled to machine code by the assembler that Triton brings along. Printed: registers per thread, bytes of stack and of
 local memory (to which registers are spilled), shared memory, and with --sass how many accesses to global memory of 16
-bytes and of less the code has. Fails if a variant uses local memory.
+bytes and of less the code has, and instructions in float64. Fails if a variant uses local memory.
 """
 
 from __future__ import annotations
@@ -129,11 +129,19 @@ def variants(quick: bool) -> Iterator[tuple[str, int, Any]]:
                     yield what, warps, compiled
 
 
-def accesses(cubin: bytes) -> tuple[int, int]:
+def accesses(sass: str) -> tuple[int, int]:
     """Accesses to global memory in the machine code: those of 16 bytes, and narrower ones."""
-    found = re.findall(r"\b(?:LDG|STG)(\.[\w.]+)", dump(cubin, "--dump-sass"))
+    found = re.findall(r"\b(?:LDG|STG)(\.[\w.]+)", sass)
     wide = sum(".128" in name for name in found)
     return wide, len(found) - wide
+
+
+def in_float64(sass: str) -> int:
+    """Instructions in the machine code that compute in float64 or convert from and to it, of a thread, each counted
+    once: what runs in few programs alone (the running statistics) is among them.
+    """
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", sass)
+    return sum(bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)\b|MUFU\.\w+64|.*F64", name)) for name in names)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -153,7 +161,7 @@ def dump(cubin: bytes, what: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="compile the GPU kernels without a GPU")
-    parser.add_argument("--arch", type=int, nargs="+", default=[90, 80])
+    parser.add_argument("--arch", type=int, nargs="+", default=[90, 89, 80])
     parser.add_argument("--sass", action="store_true", help="count accesses in the machine code")
     parser.add_argument("--quick", action="store_true", help="one small layer only")
     parser.add_argument("--csv", default="", help="name of a file below benchmarks/results to write")
@@ -169,7 +177,9 @@ def main() -> None:
                 "local": usage.get("LOCAL", 0), "shared": compiled.metadata.shared,
             }  # fmt: skip
             if args.sass:
-                row["16-byte accesses"], row["narrower"] = accesses(compiled.asm["cubin"])
+                sass = dump(compiled.asm["cubin"], "--dump-sass")
+                row["16-byte accesses"], row["narrower"] = accesses(sass)
+                row["float64"] = in_float64(sass)
             rows.append(row)
             print("  ".join(f"{key} {value}" if key != "kernel" else f"{value:<70}" for key, value in row.items()))
             if usage["STACK"] > CALL or usage.get("LOCAL"):

@@ -408,7 +408,7 @@ def measure_spins(case: Case, layout: str, rounds: int, device: str) -> Rows:
         try:
             run = case.runs(side)["both"]
             run(0)
-            row = head("spin", case, layout, f"both, sums of {microseconds} us")
+            row = head("spin", case, layout, f"both, sums of {microseconds} microseconds")
             if device != "cpu":
                 row["syncbn eager us"] = eager_time(run, case.copies, rounds) * 1e6
                 row["syncbn graph us"] = graph_time(run, case.copies, rounds) * 1e6

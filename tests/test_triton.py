@@ -53,6 +53,8 @@ def test_the_benchmark_without_a_gpu() -> None:
     options = "--interpret", "--layouts", "NHWC", "--dtypes", "float32"
     said = python("benchmarks/gpu.py", *options, interpret=False)
     assert "layer 4x20x9x9 NHWC float32 both" in said and "syncbn kernels 6" in said and "nothing was timed" in said
+    for part in ("host 4x", "spin 4x", "exchange 256", "step 2x3x32x32", "kernel 4x", "chain 4x", "compiled 4x"):
+        assert part in said
     assert " us" not in said
 
 
@@ -64,3 +66,10 @@ def test_every_kernel_compiles() -> None:
     ):  # fmt: skip
         assert f"{name} " in said
     assert "0 with local memory" in said
+
+
+def test_float64_is_computed_once_for_each_channel() -> None:
+    """And not by all threads for all their channels, which took 99 to 339 instructions: most devices are slow at it."""
+    said = python("benchmarks/cubins.py", "--quick", "--arch", "89", "--sass", interpret=False)
+    counts = {line.split()[0]: int(line.split("float64")[-1]) for line in said.splitlines() if "  float64 " in line}
+    assert counts["normalize"] <= 80 and counts["input_gradient"] <= 40
