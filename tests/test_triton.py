@@ -69,7 +69,10 @@ def test_every_kernel_compiles() -> None:
 
 
 def test_float64_is_computed_once_for_each_channel() -> None:
-    """And not by all threads for all their channels, which took 99 to 339 instructions: most devices are slow at it."""
+    """And not by all threads for all their channels, which took up to 339 instructions: most devices are slow at it."""
     said = python("benchmarks/cubins.py", "--quick", "--arch", "89", "--sass", interpret=False)
-    counts = {line.split()[0]: int(line.split("float64")[-1]) for line in said.splitlines() if "  float64 " in line}
-    assert counts["normalize"] <= 80 and counts["input_gradient"] <= 40
+    counts: dict[str, int] = {}
+    for line in said.splitlines():
+        if "  float64 " in line:
+            counts[line.split()[0]] = max(counts.get(line.split()[0], 0), int(line.split("  float64 ")[1]))
+    assert counts["measure"] <= 80 and counts["normalize"] <= 110 and counts["input_gradient"] <= 40

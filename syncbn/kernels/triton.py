@@ -50,7 +50,9 @@ class Sizes(NamedTuple):
     Attributes:
         tile: bytes of a tile: 64 for each of 128 threads, in four loads of 16 bytes at a time. Two tensors share them
             in backward.
-        programs: of a reduction, all of which run at once: about four for each multiprocessor of a large GPU.
+        programs: of a reduction, all of which run at once: three for each of 132 multiprocessors (H100), and nearly four
+            for each of 108 (A100), of which registers let four run. (512, four for each of 132, leave 80 of an A100's
+            to a second round.)
         tiles: that a program of an element-wise kernel works on at most, for its work per channel to be little beside
             them.
         whole: elements up to which one program measures the whole input, if it has few channels: a launch less.
@@ -59,7 +61,7 @@ class Sizes(NamedTuple):
     """
 
     tile: int = 8192
-    programs: int = 512
+    programs: int = 396
     tiles: int = 8
     whole: int = 1 << 14
     whole_channels: int = 512
@@ -182,8 +184,8 @@ class _Layout:
         self.splits, self.per_split, self.programs = cut.splits(sizes), cut.per_split(sizes), cut.programs(sizes)
         self.reducing = self.splits * cut.blocks
         self.partials = (2 * channels + 1) * self.splits
-        # Few channels of partial results to a program, so that there are many programs.
-        bc = min(_power_of_two(channels), 16)
+        # Few channels of partial results to a program, so that there are many programs: 32 bytes of a row at least.
+        bc = min(_power_of_two(channels), max(4, min(16, _power_of_two(channels) // 16)))
         self.finish = -(-channels // bc), (bc, min(_power_of_two(self.splits), 1024 // bc))
         self.runs = 1 if 0 < cut.items <= self.splits * RUN else 0
         self.whole: _Geometry | None = None

@@ -60,6 +60,26 @@ def _number_of_items(images, size, BN: tl.constexpr, BP: tl.constexpr):
 
 
 @triton.jit
+def _reciprocal(n):
+    """``1 / n`` in float64 for a count, in five instructions, where a division has twenty: Newton from float32."""
+    r = (1.0 / n.to(tl.float32)).to(tl.float64)
+    r = r * (2.0 - n * r)
+    return r * (2.0 - n * r)
+
+
+@triton.jit
+def _once(values):
+    """The same, computed once for each channel and handed to all threads that need it.
+
+    The compiler would have each thread compute the values of all its channels, and float64 is slow on most devices. It
+    cannot repeat what may have an effect. The interpreter has no assembler, nor threads.
+    """
+    if COMPILED:
+        values = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=tl.float32, is_pure=False, pack=1)
+    return values
+
+
+@triton.jit
 def _is_finite(values):
     return values - values == 0
 
@@ -92,9 +112,10 @@ def _run_moments(
         square += d * d
         count += valid
     n = count.to(tl.float64)
-    sum_d = tl.sum(total, 1).to(tl.float64)
-    m2 = _at_least_zero(tl.sum(square, 1).to(tl.float64) - sum_d * sum_d / n)
-    return n, pivot.to(tl.float64) + sum_d / n, m2
+    sum_d = _once(tl.sum(total, 1)).to(tl.float64)
+    mean_d = sum_d * _reciprocal(n)
+    m2 = _at_least_zero(_once(tl.sum(square, 1)).to(tl.float64) - sum_d * mean_d)
+    return n, _once(pivot).to(tl.float64) + mean_d, m2
 
 
 @triton.jit
@@ -133,8 +154,9 @@ def _split_moments(
             )
             union = n + n_run
             delta = mean_run - mean
-            mean += delta * (n_run / union)
-            m2 += m2_run + delta * delta * (n * n_run / union)
+            share = n_run * _reciprocal(union)
+            mean += delta * share
+            m2 += m2_run + delta * delta * (n * share)
             n = union
     return n, mean, m2
 
@@ -258,7 +280,7 @@ def finish_moments(
             mean = tl.load(means + place, mask=mask, other=0.0)
             second += tl.sum(tl.load(squares + place, mask=mask, other=0.0) + weighted * mean, 0)
     if not RAW:
-        first = first / tl.maximum(n, 1.0)
+        first = first * _reciprocal(tl.maximum(n, 1.0))
         for start in range(0, splits, BS):
             s = start + tl.arange(0, BS)
             place = s[:, None] * channels + c[None, :]
@@ -276,26 +298,6 @@ def finish_moments(
     if tl.program_id(0) == 0:
         tl.store(payload, n)
     _write_pair(payload + 1, first, second, c, inside, channels)
-
-
-@triton.jit
-def _reciprocal(n):
-    """``1 / n`` in float64 for a count, in five instructions, where a division has twenty: Newton from float32."""
-    r = (1.0 / n.to(tl.float32)).to(tl.float64)
-    r = r * (2.0 - n * r)
-    return r * (2.0 - n * r)
-
-
-@triton.jit
-def _once(values):
-    """The same, computed once for each channel and handed to all threads that need it.
-
-    The compiler would have each thread compute the values of all its channels, and float64 is slow on most devices. It
-    cannot repeat what may have an effect. The interpreter has no assembler, nor threads.
-    """
-    if COMPILED:
-        values = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=tl.float32, is_pure=False, pack=1)
-    return values
 
 
 @triton.jit
@@ -466,8 +468,8 @@ def sum_gradients(
                 g = _masked_gradient(g, out, x.dtype.element_ty)
             total += g
             dot += g * (values - pivot[:, None])
-        sum_g += tl.sum(total, 1).to(tl.float64)
-        sum_gd += tl.sum(dot, 1).to(tl.float64)
+        sum_g += _once(tl.sum(total, 1)).to(tl.float64)
+        sum_gd += _once(tl.sum(dot, 1)).to(tl.float64)
     _write_pair(partials, sum_g, sum_gd, split * channels + c, inside, splits * channels)
 
 
