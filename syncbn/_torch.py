@@ -437,7 +437,11 @@ def has_float64(device: torch.device) -> bool:
 
 
 def assert_async(condition: Tensor, message: str) -> None:
-    """Raise RuntimeError where ``condition`` is false, without waiting for a device; compilers trace it."""
+    """Raise RuntimeError where ``condition`` is false, without waiting for a device; compilers trace it.
+
+    On CUDA it is the device that asserts: the error comes with a later call, and the process cannot use the device any
+    more. So it is for errors after which a job ends anyway.
+    """
     torch._assert_async(condition, message)
 
 

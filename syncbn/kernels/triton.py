@@ -50,8 +50,8 @@ class Sizes(NamedTuple):
     Attributes:
         tile: bytes of a tile: 64 for each of 128 threads, in four loads of 16 bytes at a time. Two tensors share them
             in backward.
-        programs: of a reduction, all of which run at once: three for each of 132 multiprocessors (H100), and nearly four
-            for each of 108 (A100), of which registers let four run. (512, four for each of 132, leave 80 of an A100's
+        programs: of a reduction, all of which run at once: three for each of 132 multiprocessors (H100), nearly four
+            for each of 108 (A100); registers let four run. (512, four for each of 132, would leave 80 of an A100's
             to a second round.)
         tiles: that a program of an element-wise kernel works on at most, for its work per channel to be little beside
             them.
