@@ -69,6 +69,13 @@ def stand_in_for_the_driver(launch: Callable[..., None] = start) -> None:
 
     nvidia.PyKernelArg = lambda nested_tuple, type: type  # made by a module in C that needs the driver's library
     nvidia.ARG_CONSTEXPR, nvidia.ARG_KERNEL, nvidia.ARG_TUPLE = 0, 1, 2
+    if hasattr(nvidia, "compile_module_from_src"):  # an older Triton compiles a launcher for each kernel
+
+        def parted(*args: Any) -> None:
+            launch(*args[:7], *args[9:13], *args[7:9], None, None, args[13:])
+
+        nvidia.compile_module_from_src = lambda **given: SimpleNamespace(launch=parted)
+        nvidia.library_dirs = list
     utils = SimpleNamespace(
         launch=launch,
         build_signature_metadata=lambda signature: b"",
