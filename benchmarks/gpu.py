@@ -579,6 +579,10 @@ class Table:
             self.writer.writerow([*known, key, f"{value:.4g}" if isinstance(value, float) else value])
         self.file.flush()
 
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
 
 def show(row: dict[str, object]) -> None:
     names = ("part", "shape", "layout", "dtype", "what")
@@ -623,6 +627,31 @@ def _of_case(part: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str,
     return measure(case, layout, rounds, device)
 
 
+def work_off(
+    todo: Iterator[tuple[str, Callable[[], Rows]]], table: Table | None, is_late: Callable[[], bool], keeps: bool
+) -> list[str]:
+    """Measure one thing after the other, as long as there is time; what was left out.
+
+    Args:
+        table: takes the rows as they come; None on ranks that write none.
+        keeps: make a row of an error, and go on.
+    """
+    left_out = []
+    for what, measure in todo:
+        if is_late():
+            left_out.append(what)
+            continue
+        try:
+            rows = measure()
+        except Exception as error:
+            if not keeps:
+                raise
+            rows = [{"part": what, "what": "failed", "error": " ".join(f"{type(error).__name__}: {error}".split())}]
+        for row in rows if table is not None else []:
+            table.add(row)
+    return left_out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="syncbn.SyncBatchNorm on a GPU")
     parser.add_argument("--interpret", action="store_true", help="tiny shapes on the CPU; no times")
@@ -658,29 +687,24 @@ def main() -> None:
     first = dist.get_rank() == 0
     name = args.csv if first and not args.interpret else ""
     table = Table(name, "cpu" if args.interpret else torch.cuda.get_device_name())
-    left_out = []
+
+    def is_late() -> bool:
+        # Ranks that measured different things would wait for each other: the first one's clock counts for all.
+        late = torch.tensor([time.monotonic() > ends], dtype=torch.int32, device=device)
+        dist.broadcast(late, 0)
+        return bool(late)
+
+    # (where several ranks are, the others may wait in the middle of what failed)
+    keeps = not args.interpret and dist.get_world_size() == 1
     with comm.forced():
-        for what, measure in tasks(args, stages, device):
-            # Ranks that measured different things would wait for each other: the first one's clock counts for all.
-            late = torch.tensor([time.monotonic() > ends], dtype=torch.int32, device=device)
-            dist.broadcast(late, 0)
-            if bool(late):
-                left_out.append(what)
-                continue
-            try:
-                rows = measure()
-            except Exception as error:
-                if args.interpret or dist.get_world_size() > 1:  # (others may wait in the middle of it)
-                    raise
-                rows = [{"part": what, "what": "failed", "error": " ".join(f"{type(error).__name__}: {error}".split())}]
-            for row in rows if first else []:
-                table.add(row)
+        left_out = work_off(tasks(args, stages, device), table if first else None, is_late, keeps)
     if left_out:
         print(f"no time was left for {len(left_out)} of the rest: {', '.join(left_out)}")
     if args.interpret:
         print(f"{table.count} rows: results agree with float64, and our kernels ran; nothing was timed")
     elif table.file is not None:
         print(f"written: {table.file.name}, {table.count} rows, {table.failed} failed")
+    table.close()
     dist.destroy_process_group()
     if table.failed:
         raise SystemExit(1)

@@ -6,12 +6,13 @@ Triton decides when it is imported whether its functions are interpreted, so the
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 
-from helpers.commands import environment, must, run
+from helpers.commands import ROOT, environment, load, must, run
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.timeout(300)  # interpreters are slow, and the machine may be busy
@@ -56,6 +57,49 @@ def test_the_benchmark_without_a_gpu() -> None:
     for part in ("host 4x", "spin 4x", "exchange 256", "step 2x3x32x32", "kernel 4x", "chain 4x", "compiled 4x"):
         assert part in said
     assert " us" not in said
+
+
+def test_rows_are_written_as_they_come_errors_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And nothing new is begun when the time is over: a run that is cut off leaves what it has measured."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    gpu = load(ROOT / "benchmarks" / "gpu.py")
+    monkeypatch.setattr(gpu.timing, "RESULTS", tmp_path)
+    table, written = gpu.Table("gpu.csv", "a GPU"), tmp_path / "gpu.csv"
+
+    def second() -> Any:
+        assert "layer,1x2,,,,,a GPU," in written.read_text() and "syncbn eager us,1.5" in written.read_text()
+        raise RuntimeError("out\nof memory")
+
+    todo = [
+        ("first", lambda: [{"part": "layer", "shape": "1x2", "syncbn eager us": 1.5}]),
+        ("second", second),
+        ("third", lambda: [{"part": "spin", "count": 3}]),
+        ("fourth", lambda: 1 / 0),
+    ]
+    turns = iter([False, False, False, True])
+    assert gpu.work_off(iter(todo), table, lambda: next(turns), True) == ["fourth"]
+    assert (table.count, table.failed) == (3, 1)
+    assert "RuntimeError: out of memory" in written.read_text() and "count,3" in written.read_text()
+    table.close()
+    with pytest.raises(RuntimeError, match="memory"):
+        gpu.work_off(iter(todo[1:2]), table, lambda: False, False)
+
+
+def test_what_matters_most_is_measured_first() -> None:
+    said = python(
+        "-c",
+        "import sys, argparse; sys.path.insert(0, 'benchmarks'); import gpu\n"
+        "args = argparse.Namespace(batches=[32, 8], dtypes=['bfloat16', 'float32'], layouts=['NHWC', 'NCHW'], rounds=1,"
+        " parts=gpu.PARTS)\n"
+        "print(*(what for what, _ in gpu.tasks(args, gpu.STAGES, 'cuda')), sep='\\n')",
+        interpret=False,
+    )
+    order = said.splitlines()
+    assert order[0] == "layer (32, 64, 112, 112) NHWC bfloat16"
+    first_setting = order[: order.index("layer (32, 64, 112, 112) NCHW bfloat16")]
+    for part in ("host", "spin", "exchange", "step", "kernel", "chain", "compiled"):
+        assert any(line.startswith(part) for line in first_setting), part
+    assert not any(line.startswith(("host", "spin", "step")) for line in order[len(first_setting) :])
 
 
 def test_every_kernel_compiles() -> None:
