@@ -23,6 +23,18 @@ from helpers.processes import run_processes
 DOCS = ROOT / "docs"
 # Pages of the site too.
 SHOWN = [ROOT / name / "README.md" for name in ("benchmarks", "examples", "examples/results", "launch")]
+COMMANDS = (
+    "cp",
+    "make",
+    "python",
+    "pip",
+    "mpiexec",
+    "kubectl",
+    "sbatch",
+    "syncbn-launch",
+    "torchrun",
+    "compute-sanitizer",
+)
 PAGES = {
     str(path.relative_to(ROOT)): pages.read(path)
     for path in [ROOT / "README.md", *SHOWN, *sorted(DOCS.rglob("*.md"))]
@@ -81,10 +93,7 @@ def check_command(words: list[str]) -> None:
     if not words:
         return
     program, *rest = words
-    assert (
-        program in ("cp", "make", "python", "pip", "mpiexec", "kubectl", "sbatch", "syncbn-launch", "torchrun")
-        or (ROOT / program).is_file()
-    ), words
+    assert program in COMMANDS or (ROOT / program).is_file(), words
     if program == "make":
         makefile = (ROOT / "Makefile").read_text()
         targets = [word for word in rest if "=" not in word]
