@@ -153,7 +153,7 @@ class Case:
         scale = 4e-3 if self.dtype is torch.bfloat16 else 5e-4 if self.dtype is torch.float16 else 2e-6
         pairs = zip((y, *ours), (exact, *theirs), strict=True)
         for name, (our, their) in zip(("y", "dx", "dweight", "dbias"), pairs, strict=True):
-            error = float((our.double() - their).norm() / their.norm())
+            error = float((our.detach().double() - their.detach()).norm() / their.detach().norm())
             if layer.follows and not layer.fused:  # it rounds twice
                 error /= 2
             if name in ("dweight", "dbias"):  # sums of values that mostly cancel
@@ -422,6 +422,7 @@ def measure_exchanges(rounds: int, device: str) -> Rows:
     """One message to all ranks: as a sum of float64, and as all ranks' float64, whose result grows with the ranks."""
     rows: Rows = []
     ranks = dist.get_world_size()
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
     options = dist.AllreduceOptions()
     options.asyncOp = device == "cpu"
     for channels in (64, 256, 2048):
@@ -436,7 +437,7 @@ def measure_exchanges(rounds: int, device: str) -> Rows:
                 work.wait()
 
         def gather(i: int, own: Tensor = own, gathered: Tensor = gathered) -> None:
-            dist.all_gather_into_tensor(gathered, own)
+            all_gather(gathered, own)
 
         for what, run in (("all-reduce", reduce), ("all-gather", gather)):
             row: dict[str, object] = {"part": "exchange", "shape": f"{channels} channels", "what": what, "ranks": ranks}
