@@ -15,6 +15,7 @@ import argparse
 import gc
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import rivals
@@ -52,6 +53,33 @@ def resnet18() -> nn.Module:
         layers += [Block(before, after, stride), Block(after, after, 1)]
         before = after
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
+
+
+SIDES = {
+    "local": "local",
+    "sync": "syncbn",
+    "fairscale": "fairscale",
+    "naive": "naive",
+}  # in the CSV, by key in pictures
+
+
+def plot(folder: Path) -> Path:
+    """A line for each CSV of steps in the folder, a point for each side: time relative to local batch norm."""
+    import pictures
+
+    runs = [timing.read_csv(path) for path in sorted(folder.glob("step-*.csv"))]
+    first, path = runs[0][0], folder / "step.png"
+    title = f"A step of a ResNet-18, {first['batch']} images on each of {first['ranks']} ranks: {timing.where(runs[0])}"
+    with pictures.figure(path, title, 1, 1, height=1.5 + 0.4 * len(runs)) as (axes,):
+        for key, side in SIDES.items():
+            found = {place: row for place, run in enumerate(runs) for row in run if row["side"] == side}
+            ratios = [row["ratio to local"] for row in found.values()]
+            axes.plot(ratios, list(found), **pictures.look(key, ls="", ms=7))
+        axes.set_yticks(range(len(runs)), [f"{run[0]['backend']}, {run[0]['layout']}" for run in runs])
+        axes.set_ylim(len(runs) - 0.5, -0.5)
+        axes.set_xlabel("time of a step, relative to local batch norm")
+        pictures.legend_below([axes])
+    return path
 
 
 def main() -> None:
@@ -116,7 +144,8 @@ def main() -> None:
                 f"{row['side']:>10} {row['ms']:9.1f} ms   {row['ratio to local']:.3f} of the step with local batch norm"
             )
         layout = "-channels_last" if args.channels_last else ""
-        print(f"{timing.machine()}\nwritten: {timing.write_csv(f'step-{args.backend}{layout}.csv', rows)}")
+        path = timing.write_csv(f"step-{args.backend}{layout}.csv", rows)
+        print(f"{timing.machine()}\nwritten: {path}, {plot(path.parent)}")
     del sides, net, sgd, step, module
     gc.collect()  # DistributedDataParallel must go before its group
     dist.destroy_process_group()
