@@ -106,7 +106,7 @@ def test_wheel_and_sdist_hold_what_they_should(built: tuple[Path, Path]) -> None
     data = {name.removeprefix(f"{stem}.data/data/") for name in names if ".data/" in name}
     assert data == {f"share/syncbn/launch/{name}" for name in RECIPES}
     said = zipfile.ZipFile(wheel).read(f"{stem}.dist-info/METADATA").decode()
-    assert "Description-Content-Type: text/markdown" in said and "## Two commands" in said
+    assert "Description-Content-Type: text/markdown" in said and "\n# syncbn\n" in said
     assert not re.search(r"\]\((?!https:)", said), "a link into the repository leads nowhere on an index"
     with tarfile.open(sdist) as archive:
         files = {name.split("/", 1)[-1] for name in archive.getnames()}
