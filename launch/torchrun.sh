@@ -12,4 +12,5 @@ if [ $# -eq 0 ]; then
     echo "usage: [RANKS=n] [RESTARTS=n] $0 script.py [arguments]" >&2
     exit 2
 fi
-exec "${PYTHON:-python3}" -m syncbn.launch -n "${RANKS:-auto}" --max-restarts "${RESTARTS:-0}" "$@"
+python="$(sh "$(dirname "$0")/python.sh")"
+exec "$python" -m syncbn.launch -n "${RANKS:-auto}" --max-restarts "${RESTARTS:-0}" "$@"

@@ -17,6 +17,7 @@ fi
 if [ -n "${IFACE:-}" ]; then
     export GLOO_SOCKET_IFNAME="$IFACE" NCCL_SOCKET_IFNAME="$IFACE"
 fi
-exec "${PYTHON:-python3}" -m syncbn.launch -n "${RANKS:-auto}" \
+python="$(sh "$(dirname "$0")/python.sh")"
+exec "$python" -m syncbn.launch -n "${RANKS:-auto}" \
     --nnodes "$HOSTS" --rdzv-backend c10d --rdzv-endpoint "$MEET" --rdzv-id "${JOB:-syncbn}" \
     --max-restarts "${RESTARTS:-0}" "$@"

@@ -1,4 +1,5 @@
-"""Runs torchrun: a job on one host listens on one interface, and Ctrl-C ends a job with one line and code 130.
+"""Runs torchrun: a job on one host listens on one interface, and a job that fails, or that Ctrl-C ends (code 130), ends
+with one line about it.
 
 Started by ``syncbn.launch``, by path ::
 
@@ -22,6 +23,7 @@ if not sys.flags.safe_path:
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -85,13 +87,16 @@ def main() -> None:
     """Run torchrun.
 
     Raises:
-        SystemExit: as torchrun does; code 130 after Ctrl-C.
+        SystemExit: as torchrun does; code 1 after a rank has failed, 130 after Ctrl-C.
     """
     rendezvous_handler_registry.register("one_host", OneHost)
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(_is_news)
     try:
         run.main()
+    except ChildFailedError as error:
+        print(_failure(error), file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
     except BaseException as error:
         # torchrun's handlers raise an exception of its own, by then perhaps in the course of another.
         if not isinstance(error, KeyboardInterrupt) and getattr(error, "sigval", None) != signal.SIGINT:
@@ -101,9 +106,35 @@ def main() -> None:
         os._exit(INTERRUPTED)
 
 
+def _failure(error: ChildFailedError) -> str:
+    """Which rank failed first, and how. Of a script with torch's ``@record``: its own report, with a traceback."""
+    rank, first = error.get_first_failure()
+    if first.error_file != "<N/A>":
+        return str(error)
+    how = f"was killed by {first.signal_name()}" if first.exitcode < 0 else f"ended with code {first.exitcode}"
+    others = len(error.failures) - 1
+    they = f"; it was the first of {others + 1}" if others else ""
+    return (
+        f"syncbn-launch: rank {rank} (process {first.pid} on {socket.gethostname()}) {how}{they}. What it said is above"
+    )
+
+
 def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of torchrun says what nobody else does.
+
+    How it ends the other ranks is none; that a rank has failed is one where the ranks start again.
+    """
     text = record.getMessage()
-    return "SIGINT" not in text and f"Received {int(signal.SIGINT)} death signal" not in text
+    if "SIGINT" in text or f"Received {int(signal.SIGINT)} death signal" in text:
+        return False
+    if text.startswith("Sending process") and text.endswith("SIGTERM"):
+        return False
+    restarts = "PET_MAX_RESTARTS" in os.environ or any("max-restarts" in _dashes(word) for word in sys.argv)
+    return restarts or not text.startswith("failed (exitcode")
+
+
+def _dashes(word: str) -> str:
+    return word.replace("_", "-")
 
 
 if __name__ == "__main__":

@@ -380,9 +380,12 @@ def _mpi(request: Request) -> list[str]:
     beside = Path(sys.executable).with_name("mpiexec")
     mpiexec = str(beside) if os.access(beside, os.X_OK) else shutil.which("mpiexec")
     if mpiexec is None:
-        fail(f"--engine mpi: no mpiexec beside {sys.executable} or in PATH; pip install mpi4py mpich, or load an MPI")
+        fail(
+            f"--engine mpi: no mpiexec beside {sys.executable} or in PATH; pip install mpi4py mpich (the "
+            "extra [mpi]), or load an MPI"
+        )
     if importlib.util.find_spec("mpi4py") is None:
-        fail(f"--engine mpi: {sys.executable} has no mpi4py; pip install mpi4py")
+        fail(f"--engine mpi: {sys.executable} has no mpi4py; pip install mpi4py mpich (the extra [mpi])")
     options: list[str] = []
     if _is_open_mpi(mpiexec):
         # The ranks pin themselves; Open MPI would bind a pair of ranks to one core each, threads and all.
@@ -454,10 +457,12 @@ def settings(request: Request) -> tuple[dict[str, str], str]:
     threads, about_threads = _threads(request, min(cores, quota or cores))
     pin, about_pinning = _pinning(request, cores, quota)
     malloc, about_malloc = _malloc(request)
+    numpy, about_numpy = _numpy()
     count = request.ranks
     ranks = f"{count or request.options.nproc_per_node or 'all'} ranks" if count != 1 else "1 rank"
     where = f"{ranks} on {min(cores, quota or cores)} cores"
-    return {**threads, **pin, **malloc}, f"{where}, {about_threads}, {about_pinning}, {about_malloc}"
+    notes = [where, about_threads, about_pinning, about_malloc, about_numpy]
+    return {**threads, **pin, **malloc, **numpy}, ", ".join(filter(None, notes))
 
 
 def _several_hosts(request: Request) -> bool:
@@ -529,6 +534,14 @@ def _malloc(request: Request) -> tuple[dict[str, str], str]:
     if taken:  # a person, or another allocator, has taken care of it
         return {}, f"malloc as it is ({taken[0]} is set)"
     return dict(MALLOC), "malloc keeps freed memory"
+
+
+def _numpy() -> tuple[dict[str, str], str]:
+    """Without numpy, torch warns as it is imported: said once, here, and not by each process."""
+    if importlib.util.find_spec("numpy") is not None:
+        return {}, ""
+    filters = [*filter(None, [os.environ.get("PYTHONWARNINGS")]), "ignore:Failed to initialize NumPy"]
+    return {"PYTHONWARNINGS": ",".join(filters)}, "no numpy, which scripts may need (pip install numpy)"
 
 
 if __name__ == "__main__":

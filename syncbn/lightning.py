@@ -32,7 +32,7 @@ def _layer_syncs() -> list[Any]:
     else:
         raise ModuleNotFoundError(
             "syncbn.lightning needs Lightning, and neither `lightning` nor `pytorch_lightning` is installed: "
-            "pip install 'syncbn[lightning]'",
+            "pip install lightning (the extra [lightning])",
             name="lightning",
         )
     return [importlib.import_module(f"{name}.plugins").LayerSync for name in _PACKAGES if sys.modules.get(name)]

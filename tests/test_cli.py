@@ -129,9 +129,9 @@ def test_values_that_there_are_not_are_lines_and_the_rest_is_looked_at(
 
 @pytest.mark.mpi
 def test_doctor_tries_mpi(alone: Path) -> None:
-    pytest.importorskip("mpi4py", reason="mpi4py is not installed: syncbn[mpi]")
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed: the extra [mpi]")
     if not Path(sys.executable).with_name("mpiexec").exists() and shutil.which("mpiexec") is None:
-        pytest.skip("no mpiexec in PATH or beside this Python: syncbn[mpi]")
+        pytest.skip("no mpiexec in PATH or beside this Python: the extra [mpi]")
     said: list[tuple[str, str]] = []
     doctor = _doctor.Doctor(60.0, True, lambda part, line: said.append((part, line)))
     found = doctor._look_for_mpi(alone)

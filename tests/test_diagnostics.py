@@ -478,7 +478,7 @@ def test_picture(tmp_path: Path, layers: int) -> None:
 
 def test_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="needs matplotlib: pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"needs matplotlib: pip install matplotlib, or the extra \[examples\]"):
         NoiseReport((row("a", 1, 1.0),), 0.5, 1, 1).plot(tmp_path / "x.png")
 
 

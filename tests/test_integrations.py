@@ -40,6 +40,7 @@ RUN_BY = {
     "Lightning": "test_lightning",
     "Lightning Fabric": "test_lightning",
     "Accelerate": "test_accelerate",
+    "Ray Train": "test_ray",
     "timm": "test_timm",
     "Averaged weights": "test_averaged_weights",
     "Statistics of averaged weights": "test_updated_statistics",
@@ -143,6 +144,14 @@ def test_fsdp_mixed_precision(results: Results) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.skipif(not installed("ray"), reason="ray is not installed (pip install 'ray[train]')")
+def test_ray(tmp_path: Path) -> None:
+    """Workers that Ray starts: outputs and gradients of the whole batch."""
+    must(python(PROGRAMS / "ray_train.py", RECIPES["Ray Train"], tmp_path))
+    assert sorted(path.name for path in tmp_path.glob("exact-*")) == ["exact-0", "exact-1"]
+
+
+@pytest.mark.integration
 @pytest.mark.skipif(not installed("accelerate"), reason="accelerate is not installed (dependency group: integrations)")
 def test_accelerate(results: Results) -> None:
     for wrapper, steps, trained, reverted in of(results, "accelerate"):
@@ -210,7 +219,7 @@ def test_an_error_says_that_lightning_is_missing(monkeypatch: pytest.MonkeyPatch
     for name in ("lightning", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "syncbn.lightning", raising=False)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'syncbn\[lightning\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install lightning \(the extra \[lightning\]\)"):
         importlib.import_module("syncbn.lightning")
 
 

@@ -316,7 +316,7 @@ def test_ctrl_c_ends_a_job_with_one_line(doing: str, whom: str, tmp_path: Path) 
 
 @pytest.mark.mpi
 @pytest.mark.integration
-@pytest.mark.skipif(MPIEXEC is None or find_spec("mpi4py") is None, reason="no mpiexec or no mpi4py: syncbn[mpi]")
+@pytest.mark.skipif(MPIEXEC is None or find_spec("mpi4py") is None, reason="no mpiexec or no mpi4py: the extra [mpi]")
 @pytest.mark.parametrize("whom", ["all", "launcher"])
 def test_ctrl_c_under_mpi_leaves_the_lines_to_mpiexec(whom: str, tmp_path: Path) -> None:
     code, said, errors = interrupted(whom, tmp_path, "sleep", engine="mpi")

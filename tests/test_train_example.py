@@ -92,7 +92,10 @@ def test_without_the_extra_it_is_named(script: str, tmp_path: Path) -> None:
     code += f"runpy.run_path({str(EXAMPLES / script)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert done.returncode == 1
-    assert re.fullmatch(rf"{script} needs sklearn(\.datasets)?: pip install 'syncbn\[examples\]'\n", done.stderr)
+    assert re.fullmatch(
+        rf"{script} needs sklearn(\.datasets)?, of the extra \[examples\]: pip install '\.\[examples\]'\n",
+        done.stderr,
+    )
 
 
 SCRIPTS = [path for path in sorted(EXAMPLES.glob("*.py")) if "__main__" in path.read_text()]

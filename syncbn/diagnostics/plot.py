@@ -16,7 +16,8 @@ def draw(curves: Mapping[str, Curve], threshold: float, title: str, path: str | 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "NoiseReport.plot needs matplotlib: pip install matplotlib. (to_csv and to_json need nothing.)"
+            "NoiseReport.plot needs matplotlib: pip install matplotlib, or the extra [examples]. (to_csv and "
+            "to_json need nothing.)"
         ) from error
     import matplotlib
 

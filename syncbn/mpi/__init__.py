@@ -14,7 +14,7 @@ a wait that Ctrl-C ends, and ranks that need not agree on who waits at once (in 
 a non-blocking one). ``docs/mpi.md`` has the measurements, and what happens when a rank fails.
 """
 
-_INSTALL = "pip install 'syncbn[mpi]' (or: pip install mpi4py mpich)"
+_INSTALL = "pip install mpi4py mpich (the extra [mpi])"
 
 try:
     import mpi4py.MPI  # noqa: F401 (tried first, so that its failure is explained)

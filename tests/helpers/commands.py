@@ -22,9 +22,9 @@ IMPORTS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # where programs fi
 
 MPIEXEC = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
 needs_mpi4py = pytest.mark.skipif(
-    importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed: syncbn[mpi]"
+    importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed: the extra [mpi]"
 )
-needs_mpiexec = pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec in PATH or beside this Python: syncbn[mpi]")
+needs_mpiexec = pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec in PATH or beside this Python: the extra [mpi]")
 
 Done = subprocess.CompletedProcess[str]
 
