@@ -9,19 +9,22 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+NOX_FLAGS ?=
 RANKS ?= 4
 DEMO_ARGS ?=
 OUT ?= out
+PINS := --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --strip-extras \
+    --custom-compile-command "make pins"
 
 # Ranks share the machine: several threads in each of them only get in each other's way.
 export OMP_NUM_THREADS ?= 1
 # Tests and recipes find mpiexec, torchrun and syncbn-launch of this environment first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv test sanitize lint types docs demo fuzz soak bench experiments pictures clean
+.PHONY: help venv test test-oldest test-newest matrix sanitize lint types docs demo fuzz soak bench experiments pictures pins clean
 
 help: ## say what each target does
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 venv: $(STAMP) ## make .venv and install everything, pinned
 
@@ -48,6 +51,19 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard setup.py syncbn/kernels/nati
 
 test: $(STAMP) ## run the tests that need no GPU (mpiexec included), in minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not nccl" $(PYTEST_FLAGS)
+
+# Each in an environment of its own under .nox; a first run downloads what it needs.
+test-oldest: $(STAMP) ## the same tests with the oldest torch, numpy, mpi4py, ... that syncbn supports
+	$(PIP) install -q $(PIP_FLAGS) -c constraints.txt --group matrix
+	$(BIN)/python -m nox -s oldest $(NOX_FLAGS)
+
+test-newest: $(STAMP) ## and with the newest of everything, on the Python of .venv (another: ON=3.13)
+	$(PIP) install -q $(PIP_FLAGS) -c constraints.txt --group matrix
+	$(BIN)/python -m nox -s newest -p "$${ON:-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')}" $(NOX_FLAGS)
+
+matrix: $(STAMP) ## the oldest, the pinned and the newest, on every Python from 3.11 on that is here
+	$(PIP) install -q $(PIP_FLAGS) -c constraints.txt --group matrix
+	$(BIN)/python -m nox $(NOX_FLAGS)
 
 # A second copy of the package, whose compiled part stops at a read or write outside of memory or at undefined behaviour.
 sanitize: $(STAMP) ## run the tests of the compiled parts under AddressSanitizer and UBSan
@@ -113,6 +129,15 @@ pictures: $(STAMP) ## draw the pictures of results again, from their CSVs
 	$(BIN)/python examples/redraw.py
 	$(BIN)/python benchmarks/redraw.py
 
+# Versions that are in the files stay; UV_FLAGS=--upgrade takes the newest, `UV_FLAGS="--upgrade-package numpy"` one of them.
+# constraints.in says which torch is the pinned one.
+pins: $(STAMP) ## write constraints.txt and constraints-oldest.txt anew
+	$(PIP) install -q $(PIP_FLAGS) -c constraints.txt --group matrix
+	$(BIN)/python -m uv pip compile -q pyproject.toml --all-extras --group dev --group matrix -c constraints.in \
+	    $(PINS) $(UV_FLAGS) -o constraints.txt
+	$(BIN)/python -m uv pip compile -q pyproject.toml --extra mpi --extra examples --resolution lowest-direct \
+	    $(PINS) -o constraints-oldest.txt
+
 clean: ## remove the environment and everything else that was made here
-	rm -rf $(VENV) $(OUT) build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .nox $(OUT) build dist docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

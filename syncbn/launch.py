@@ -65,6 +65,17 @@ _COUNTS = ("auto", "cpu", "gpu", "xpu")
 _HOST_FILES = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "HYDRA_HOST_FILE")
 
 
+_VARIABLES = """environment variables:
+  OMP_NUM_THREADS              stays as it is; without it, cores / ranks
+  SYNCBN_PIN=CORES             pin ranks where there are so many cores for each; 0: never
+  MALLOC_*, GLIBC_TUNABLES, LD_PRELOAD    with one of them, malloc stays as it is
+  GLOO_SOCKET_IFNAME           the network interface for gloo (default on one host: loopback)
+  SYNCBN_CHECK_TIMEOUT         seconds that --check waits for a rank (default: 60)
+  PET_NNODES, PET_NPROC_PER_NODE, PET_MASTER_ADDR, ...    torchrun's options, as torchrun reads them
+  MASTER_ADDR, MASTER_PORT     with --engine mpi: where the ranks meet
+`syncbn --help` has those of the layers."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What will be executed: the command, the variables added to the environment, and what to tell the user."""
@@ -146,6 +157,8 @@ def parse(argv: Sequence[str]) -> Request:
         "       %(prog)s [options] [options of the engine] -m module [arguments]",
         description="Start one process per rank. Options that are not listed here go to torchrun (or mpiexec) as "
         "they are; `--` before the script ends them where that is not clear.",
+        epilog=_VARIABLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     actions = _add_options(parser)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 import signal
 import sys
@@ -18,18 +20,19 @@ import torch
 import torch.distributed as dist
 
 from helpers.commands import ROOT, run
-from syncbn import _doctor, kernels, launch
+from syncbn import _recipes, kernels, launch
 from syncbn.__main__ import main
+from syncbn._doctor import examination, looking, matrix, processes, trial
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder for the doctor's files, by which its processes are known; an environment that changes nothing."""
-    for name in [name for name in os.environ if name.startswith(_doctor.VARIABLES)]:
+    for name in [name for name in os.environ if name.startswith(looking.VARIABLES)]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(_doctor, "_accelerators_possible", lambda: False)
+    monkeypatch.setattr(looking, "accelerators_possible", lambda: False)
     return tmp_path
 
 
@@ -65,14 +68,14 @@ def problem(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_doctor_passes(
     alone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made: list[_doctor.Doctor] = []
-    create = _doctor.Doctor.__init__
+    made: list[examination.Doctor] = []
+    create = examination.Doctor.__init__
 
-    def remember(doctor: _doctor.Doctor, *args: Any) -> None:
+    def remember(doctor: examination.Doctor, *args: Any) -> None:
         create(doctor, *args)
         made.append(doctor)
 
-    monkeypatch.setattr(_doctor.Doctor, "__init__", remember)
+    monkeypatch.setattr(examination.Doctor, "__init__", remember)
     monkeypatch.chdir(tmp_path)
     assert main(["doctor", "--no-mpi"]) == 0
     output = capsys.readouterr()
@@ -81,13 +84,15 @@ def test_doctor_passes(
     assert lines["result"] == "works"
     assert "test gloo    ok: 2 ranks; forward and backward off by" in output.out
     assert "gloo" in lines["backends"].split(";")[0]
+    assert lines["tested"] == matrix.about(torch.__version__, platform.python_version())
+    assert str(ROOT / "syncbn") in lines["system"] and sys.executable in lines["system"]
     report = json.loads(json.dumps(made[0].report))
     assert report["works"] is True and report["problems"] == []
     assert report["versions"]["torch"] in lines["versions"]
     (test,) = report["tests"]
     assert test["works"] and test["ranks"] == 2 and 0 < test["latency_us"] < 1e6
     # Not zero: rounding differs between two ranks and one process, so the numbers come from a real comparison.
-    assert all(0 < test["errors"][name] <= bound for name, bound in _doctor.TOLERANCE.items())
+    assert all(0 < test["errors"][name] <= bound for name, bound in trial.TOLERANCE.items())
     assert test["way"] == "sockets to 1 of 1 peers"
     assert lines["settings"].startswith("SYNCBN_CHECKS=on, SYNCBN_KERNELS=native, SYNCBN_SOCKETS=on")
     own = report["devices"]["cpu"]
@@ -133,7 +138,7 @@ def test_doctor_tries_mpi(alone: Path) -> None:
     if not Path(sys.executable).with_name("mpiexec").exists() and shutil.which("mpiexec") is None:
         pytest.skip("no mpiexec in PATH or beside this Python: the extra [mpi]")
     said: list[tuple[str, str]] = []
-    doctor = _doctor.Doctor(60.0, True, lambda part, line: said.append((part, line)))
+    doctor = examination.Doctor(60.0, True, lambda part, line: said.append((part, line)))
     found = doctor._look_for_mpi(alone)
     assert Path(found["mpiexec"]).name.startswith("mpiexec") and found["library"]
     doctor._try("mpi4py", 2, alone)
@@ -156,7 +161,7 @@ def break_rank_1(folder: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> Non
         f"import os, sys\nif os.environ.get('RANK') == '1' and '_worker' in str(sys.orig_argv): {how}\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
-    monkeypatch.setattr(_doctor, "GRACE", 0.2)
+    monkeypatch.setattr(processes, "GRACE", 0.2)
 
 
 def test_a_killed_rank_is_one_line(
@@ -179,19 +184,19 @@ def test_verbose_has_the_details(
 
 def test_a_hung_mpiexec_is_a_problem_and_an_absent_one_is_not(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def look(launcher: str, mpi: bool | None, timeout: float = 60.0) -> dict[str, Any]:
-        doctor = _doctor.Doctor(timeout, mpi, lambda part, line: None)
-        monkeypatch.setattr(_doctor, "_ASK_MPI", "print('A library\\nof MPI')")
-        monkeypatch.setattr(_doctor, "_launcher", lambda engine, ranks: [sys.executable, "-c", launcher])
+        doctor = examination.Doctor(timeout, mpi, lambda part, line: None)
+        monkeypatch.setattr(examination, "_ASK_MPI", "print('A library\\nof MPI')")
+        monkeypatch.setattr(examination, "_launcher", lambda engine, ranks: [sys.executable, "-c", launcher])
         return doctor._look_for_mpi(Path(tempfile.mkdtemp()))
 
-    monkeypatch.setattr(_doctor.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(examination.importlib.util, "find_spec", lambda name: object())
     refuses = "import sys; print('syncbn-launch: error: no mpiexec', file=sys.stderr); sys.exit(2)"
     assert look(refuses, None) == {"library": "A library", "note": "not tried: no mpiexec"}
-    with pytest.raises(_doctor.Failure, match="no mpiexec"):
+    with pytest.raises(processes.Failure, match="no mpiexec"):
         look(refuses, True)
     assert look("print('A=1 /b/mpiexec -n 2')", None)["mpiexec"] == "/b/mpiexec"
-    monkeypatch.setattr(_doctor, "GRACE", 0.5)
-    with pytest.raises(_doctor.Failure, match=r"not done within the 0\.5 s"):
+    monkeypatch.setattr(processes, "GRACE", 0.5)
+    with pytest.raises(processes.Failure, match=r"not done within the 0\.5 s"):
         look("import time; time.sleep(60)", None, timeout=0.5)
     assert not left_behind(alone)
 
@@ -199,7 +204,7 @@ def test_a_hung_mpiexec_is_a_problem_and_an_absent_one_is_not(alone: Path, monke
 @pytest.mark.nccl
 @pytest.mark.skipif(not torch.cuda.is_available() or not dist.is_nccl_available(), reason="no CUDA device with NCCL")
 def test_doctor_tries_nccl(tmp_path: Path) -> None:
-    doctor = _doctor.Doctor(90.0, False, lambda part, line: None)
+    doctor = examination.Doctor(90.0, False, lambda part, line: None)
     (device, *_) = doctor._accelerators(tmp_path)["accelerators"]
     assert device["name"] == torch.cuda.get_device_name(0)
     doctor._try("nccl", 1, tmp_path)
@@ -217,14 +222,14 @@ def test_the_deadline_is_kept(alone: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_signal_ends_it_and_its_ranks(
     alone: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, number: signal.Signals, code: int
 ) -> None:
-    wait = _doctor.Doctor._run
+    wait = processes.Processes.run
 
-    def wait_and_be_ended(doctor: _doctor.Doctor, processes: list[Any], folder: Path) -> None:
-        assert [process.poll() for process in processes] == [None, None]
+    def wait_and_be_ended(own: processes.Processes, job: list[Any], folder: Path) -> None:
+        assert [process.poll() for process in job] == [None, None]
         threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
-        wait(doctor, processes, folder)
+        wait(own, job, folder)
 
-    monkeypatch.setattr(_doctor.Doctor, "_run", wait_and_be_ended)
+    monkeypatch.setattr(processes.Processes, "run", wait_and_be_ended)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # (ignored in a shell's background)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     if number == signal.SIGTERM:
@@ -238,12 +243,12 @@ def test_a_signal_ends_it_and_its_ranks(
 
 def test_ranks_that_are_off_are_a_failure() -> None:
     good = {"errors": {"float64": 1e-15, "float32": 1e-7}, "statistics": [1.0], "latency_us": 5.0, "way": "a"}
-    assert _doctor._judge([good, good]) == {"errors": good["errors"], "latency_us": 5.0, "way": "a"}
-    assert _doctor._judge([good, good | {"way": "b"}])["way"] == "a from rank 0; b from rank 1"
-    with pytest.raises(_doctor.Failure, match=r"in float32 is off by 1.0e-02"):
-        _doctor._judge([good, good | {"errors": {"float64": 1e-15, "float32": 1e-2}}])
-    with pytest.raises(_doctor.Failure, match="running statistics of the ranks are not equal"):
-        _doctor._judge([good, good | {"statistics": [1.0 + 1e-16, 2.0]}])
+    assert trial.judge([good, good]) == {"errors": good["errors"], "latency_us": 5.0, "way": "a"}
+    assert trial.judge([good, good | {"way": "b"}])["way"] == "a from rank 0; b from rank 1"
+    with pytest.raises(processes.Failure, match=r"in float32 is off by 1.0e-02"):
+        trial.judge([good, good | {"errors": {"float64": 1e-15, "float32": 1e-2}}])
+    with pytest.raises(processes.Failure, match="running statistics of the ranks are not equal"):
+        trial.judge([good, good | {"statistics": [1.0 + 1e-16, 2.0]}])
 
 
 @pytest.mark.parametrize(
@@ -275,10 +280,65 @@ def test_launch_is_the_launcher(capsys: pytest.CaptureFixture[str]) -> None:
     assert said[0] == said[1] and launch.AGENT in said[0].out
 
 
+def test_the_matrix_says_what_was_tested() -> None:
+    entry = matrix.ENTRIES[1]
+    said = matrix.about(f"{entry.torch}.0+cpu", f"{entry.python}.7")
+    assert said == f"torch {entry.torch} with Python {entry.python}: {entry.passed} passed on {entry.date}"
+    assert matrix.about("2.13.1", "3.99.0") == (
+        "torch 2.13 with Python 3.99 was not tested; that torch was tested with Python 3.11"
+    )
+    assert matrix.about("9.9", "3.11.0").startswith(
+        "torch 9.9 with Python 3.11 was not tested; tested: torch 2.11, 2.13"
+    )
+
+
+def test_the_readme_has_the_matrix() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (2\.\d+)\.\d+ \| (3\.\d+) \| (.+?) \| (\d{4}-\d\d-\d\d) \|$", readme, flags=re.MULTILINE)
+    assert [matrix.Entry(*row) for row in rows] == list(matrix.ENTRIES)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["doctor", "--help"], ["launch", "--help"]])
+def test_help_names_the_environment_variables(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every one that the code reads: the layers' and the launcher's, each where it belongs."""
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0
+    found = set(re.findall(r"\bSYNCBN_[A-Z_]+", capsys.readouterr().out))
+    launcher = {"SYNCBN_PIN", "SYNCBN_CHECK_TIMEOUT"}
+    assert found == (launcher if words[0] == "launch" else set(looking.CHOICES))
+    sources = [path.read_text() for path in (ROOT / "syncbn").rglob("*.py")]
+    inside = {"SYNCBN_THREADS"}  # from the launcher to its workers
+    assert {name for text in sources for name in re.findall(r"\bSYNCBN_[A-Z_]+\b", text)} - inside == (
+        launcher | set(looking.CHOICES)
+    )
+
+
+def test_recipes_are_shown_and_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["recipes"]) == 0
+    assert capsys.readouterr().out == f"{ROOT / 'launch'}\n"
+    assert main(["recipes", str(tmp_path / "own")]) == 0
+    names = {path.name for path in (ROOT / "launch").iterdir()}
+    assert {path.name for path in (tmp_path / "own").iterdir()} == names
+    assert os.access(tmp_path / "own" / "torchrun.sh", os.X_OK)
+    assert main(["recipes", str(tmp_path / "own")]) == 2  # there already
+    monkeypatch.setattr(_recipes, "CHECKOUT", tmp_path / "no")
+    monkeypatch.setattr(_recipes, "INSTALLED", tmp_path / "own")
+    capsys.readouterr()
+    assert main(["recipes"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'own'}\n"
+    shutil.rmtree(tmp_path / "own")
+    assert main(["recipes"]) == 2
+    assert re.fullmatch(r"syncbn recipes: error: no recipes in .*\n", capsys.readouterr().err)
+
+
 def test_help_and_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = run(sys.executable, "-m", "syncbn", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    assert all(command in done.stdout for command in ("doctor", "launch", "version"))
+    assert all(command in done.stdout for command in ("doctor", "launch", "recipes", "version"))
+    assert done.stdout.startswith("usage: syncbn ")
     assert main(["version"]) == 0
     shown = capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:

@@ -22,6 +22,11 @@ from helpers.oracle import TOLERANCE, close
 from helpers.processes import run_processes
 from syncbn import functional, wire
 
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < "2.13",
+    reason="DTensor inputs are for torch 2.13 and later: before, outputs come back replicated",
+)
+
 WORLD = 4
 C = 5
 EXCHANGES = [(wire.FORWARD, 2 * C + 1), (wire.BACKWARD, 2 * C)]

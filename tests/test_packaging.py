@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import tomllib
 from pathlib import Path
@@ -9,11 +10,21 @@ from typing import Any
 
 import pytest
 
+import syncbn
 from helpers.commands import ROOT, must, run
+from syncbn._doctor import matrix
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-CONSTRAINTS = {name: version for name, _, version in (pin.partition("==") for pin in PINS)}
+SOURCES = [*(ROOT / "syncbn").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+
+
+def pins(name: str) -> dict[str, str]:
+    """The versions in a file that the tool for pins has written."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    return {name: version for name, _, version in (line.partition("==") for line in lines)}
+
+
+CONSTRAINTS, OLDEST = pins("constraints.txt"), pins("constraints-oldest.txt")
 
 
 def name_of(requirement: str) -> str:
@@ -49,17 +60,65 @@ def test_requirement_is_pinned_within_its_bound(requirement: str) -> None:
     assert version_of(CONSTRAINTS[name_of(requirement)]) >= version_of(least)
 
 
-def test_pins_are_plain_versions() -> None:
-    assert CONSTRAINTS["torch"] == "2.13.0"
-    assert all(re.fullmatch(r"[0-9]+(\.[0-9]+)*(b[0-9]+)?", version) for version in CONSTRAINTS.values())
+def test_pins_are_plain_versions_by_the_tool() -> None:
+    assert CONSTRAINTS["torch"] == pins("constraints.in")["torch"] == "2.13.0"
+    for found in (CONSTRAINTS, OLDEST):
+        assert all(re.fullmatch(r"[0-9]+(\.[0-9]+)*(b[0-9]+)?", version) for version in found.values())
+    for name in ("constraints.txt", "constraints-oldest.txt"):
+        assert (ROOT / name).read_text().splitlines()[1] == "#    make pins"
 
 
-def test_console_script_exists() -> None:
-    module, _, function = PROJECT["project"]["scripts"]["syncbn-launch"].partition(":")
-    assert module == "syncbn.launch"
-    import syncbn.launch
+def test_the_oldest_versions_are_those_that_are_asked_for() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    for requirement in [*PROJECT["project"]["dependencies"], *extras["mpi"], *extras["examples"]]:
+        least = version_of(requirement.split(">=")[1])
+        assert version_of(OLDEST[name_of(requirement)])[: len(least)] == least, requirement
 
-    assert callable(getattr(syncbn.launch, function))
+
+def test_console_scripts_exist() -> None:
+    """One command, and the launcher's older name."""
+    scripts = PROJECT["project"]["scripts"]
+    assert scripts == {"syncbn": "syncbn.__main__:main", "syncbn-launch": "syncbn.launch:main"}
+    for place in scripts.values():
+        module, _, function = place.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_version_is_written_once() -> None:
+    version = PROJECT["project"]["version"]
+    assert syncbn.__version__ == version
+    files = (
+        must(run("git", "ls-files", "*.py", "*.toml", "*.cfg")).split()
+        if (ROOT / ".git").exists()
+        else ["pyproject.toml"]
+    )
+    assert [
+        name for name in files if re.search(rf"\bversion(__)? *= *[\"']{re.escape(version)}", (ROOT / name).read_text())
+    ] in (
+        ["pyproject.toml"],
+        [],
+    )
+    assert re.search(
+        rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE
+    )
+
+
+def test_classifiers_are_the_pythons_of_the_matrix() -> None:
+    named = {
+        line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if re.search(r"Python :: 3\.\d+$", line)
+    }
+    assert named == {entry.python for entry in matrix.ENTRIES}
+    assert min(named) == PROJECT["project"]["requires-python"].removeprefix(">=")
+
+
+def test_what_is_written_of_extras_works() -> None:
+    """No text asks an index for this package; every extra that a text names is there."""
+    extras = set(PROJECT["project"]["optional-dependencies"])
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").iterdir(), *SOURCES]:
+        text = path.read_text()
+        assert not re.search(r"pip install [^\n`]*(?<![./@\w-])syncbn(?![\w.-]*\.whl)\b(?! @)", text), path
+        named = re.findall(r"extras? `?\[?(\w+)\]", text) + re.findall(r"pip install '?\.\[([\w,]+)\]", text)
+        assert {extra for names in named for extra in names.split(",")} <= extras, path
 
 
 def test_the_package_is_typed_and_launch_is_no_package() -> None:
@@ -73,6 +132,10 @@ def test_make_names_its_targets() -> None:
     wanted = {
         "venv",
         "test",
+        "test-oldest",
+        "test-newest",
+        "matrix",
+        "pins",
         "sanitize",
         "lint",
         "types",

@@ -481,8 +481,9 @@ def test_not_fused_across() -> None:
 PRIVATE_ELSEWHERE = {
     # Plain classes that torch.distributed does not name, in programs of their own and where a group is written in
     # Python: stores, and the base classes of groups and works.
-    ("_check.py", "torch._C"), ("_doctor.py", "torch._C"), ("_worker.py", "torch._C"), ("mpi/setup.py", "torch._C"),
-    ("mpi/group.py", "torch._C"), ("_doctor.py", "torch.xpu._is_compiled"), ("_agent.py", "torch._C"),
+    ("_check.py", "torch._C"), ("_doctor/trial.py", "torch._C"), ("_worker.py", "torch._C"),
+    ("mpi/setup.py", "torch._C"),
+    ("mpi/group.py", "torch._C"), ("_doctor/looking.py", "torch.xpu._is_compiled"), ("_agent.py", "torch._C"),
     # The collective by which a compiled graph is recognized, and a base class to look for.
     ("compiled/exchange.py", "torch.ops._c10d_functional"),
     ("overlooked.py", "torch.nn.modules.instancenorm._InstanceNorm"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 FLOORS: dict[str, tuple[str, ...]] = {
-    "know nothing of the package": ("launch", "_agent", "_worker", "_check", "_version", "mpi"),
+    "know nothing of the package": ("launch", "_agent", "_worker", "_check", "_version", "_recipes", "mpi"),
     "formats, values, what torch hides": ("wire", "errors", "moments", "channels", "masked", "_torch", "tracing"),
     "what is handed around": ("messages", "memory", "groups", "checkpointing", "dry_run", "overlooked", "arguments"),
     "the ways of a message, the arithmetic": ("comm", "kernels"),

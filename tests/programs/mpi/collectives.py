@@ -16,6 +16,12 @@ from torch.distributed.device_mesh import init_device_mesh
 import syncbn.mpi
 
 Op = dist.ReduceOp
+
+# (as they were called before torch 2.13)
+all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+FUNCTIONAL_GATHER: Any = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+FUNCTIONAL_SCATTER: Any = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
 INTEGERS = [
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64
 ]  # fmt: skip
@@ -168,14 +174,14 @@ def check_all_gather() -> None:
             dist.all_gather(parts, x)
             same(torch.stack(parts), everyone(dtype, size))
             whole = torch.empty(world * size, dtype=dtype)
-            dist.all_gather_single(whole, x)
+            all_gather_single(whole, x)
             same(whole, everyone(dtype, size).flatten())
     uneven = [torch.empty(r + 1, 2) for r in range(world)]
     dist.all_gather(uneven, torch.full((rank + 1, 2), float(rank)))
     for r, part in enumerate(uneven):
         same(part, torch.full((r + 1, 2), float(r)))
     apart = torch.zeros(world, 4).t()
-    dist.all_gather_single(apart, torch.full((4,), float(rank)))
+    all_gather_single(apart, torch.full((4,), float(rank)))
     same(apart.reshape(-1), torch.arange(world).repeat_interleave(4).float())
 
 
@@ -183,14 +189,14 @@ def check_shared_memory() -> None:
     """Inputs that lie in the output, which MPI forbids and FSDP2 does."""
     whole = torch.full((world * 4,), -1.0)
     mine = whole[rank * 4 : (rank + 1) * 4].fill_(rank)
-    dist.all_gather_single(whole, mine)
+    all_gather_single(whole, mine)
     same(whole, torch.arange(world).repeat_interleave(4).float())
     whole = torch.arange(world * 4.0)
     shifted = whole[1:4].clone()
-    dist.all_gather_single(whole[: 3 * world], whole[1:4])
+    all_gather_single(whole[: 3 * world], whole[1:4])
     same(whole[: 3 * world], shifted.repeat(world))
     whole = torch.arange(world * 4.0)
-    dist.reduce_scatter_single(whole[:4], whole)
+    reduce_scatter_single(whole[:4], whole)
     same(whole[:4], world * torch.arange(4.0 * rank, 4.0 * rank + 4))
     rows = torch.full((world, 2), float(rank))
     dist.all_to_all_single(rows, rows)
@@ -203,12 +209,12 @@ def check_reduce_scatter() -> None:
             total = REDUCE[op](everyone(dtype, 6 * world)).view(world, 6)[rank]
             x = numbers(rank, dtype, 6 * world)
             out = torch.empty(6, dtype=dtype)
-            dist.reduce_scatter_single(out, x, op)
+            reduce_scatter_single(out, x, op)
             same(out, total)
             dist.reduce_scatter(out.zero_(), list(x.view(world, 6).clone()), op)
             same(out, total)
             strided = torch.empty(12, dtype=dtype)[::2]
-            dist.reduce_scatter_single(strided, x, op)
+            reduce_scatter_single(strided, x, op)
             same(strided, total)
     uneven = [torch.full((r + 1,), float(rank + 1)) for r in range(world)]
     out = torch.empty(rank + 1)
@@ -326,14 +332,14 @@ def check_coalesced() -> None:
     outs = [torch.empty(world * 2), torch.empty(world * 3)]
     with dist.distributed_c10d._coalescing_manager(group, async_ops=True) as manager:
         for k, out in enumerate(outs):
-            dist.all_gather_single(out, torch.full((k + 2,), float(rank)))
+            all_gather_single(out, torch.full((k + 2,), float(rank)))
     manager.wait()
     for k, out in enumerate(outs):
         same(out, torch.arange(world).repeat_interleave(k + 2).float())
     scattered = [torch.empty(1), torch.empty(2)]
     with dist.distributed_c10d._coalescing_manager(group):
         for k, out in enumerate(scattered):
-            dist.reduce_scatter_single(out, torch.ones(world * (k + 1)))
+            reduce_scatter_single(out, torch.ones(world * (k + 1)))
     assert all(out.eq(world).all() for out in scattered)
 
 
@@ -344,9 +350,9 @@ def check_functional() -> None:
     same(funcol.all_reduce(x, "sum", group) + 0, total)
     same(funcol.all_reduce(x, "avg", group) + 0, total / world)
     same(funcol.broadcast(x, 0, group) + 0, torch.arange(4.0 * world))
-    gathered = funcol.all_gather_single(x, gather_dim=0, group=group) + 0
+    gathered = FUNCTIONAL_GATHER(x, gather_dim=0, group=group) + 0
     same(gathered, torch.cat([torch.arange(4.0 * world) + r for r in range(world)]))
-    scattered = funcol.reduce_scatter_single(x, "sum", scatter_dim=0, group=group) + 0
+    scattered = FUNCTIONAL_SCATTER(x, "sum", scatter_dim=0, group=group) + 0
     same(scattered, total.view(world, 4)[rank])
     swapped = funcol.all_to_all_single(x, None, None, group) + 0
     same(swapped, torch.cat([torch.arange(4.0 * rank, 4.0 * rank + 4) + r for r in range(world)]))
@@ -428,7 +434,7 @@ def check_bad_input() -> None:
     raises(ValueError, "dense CPU tensors", dist.broadcast, torch.ones(2).to_sparse(), 0)
     raises(ValueError, "does not fit", dist.all_gather, [torch.empty(3)] * world, torch.empty(2))
     raises(ValueError, f"{world} tensors, one for each rank", dist.all_gather, [torch.empty(3)], torch.empty(3))
-    raises(ValueError, f"{world} times 3", dist.all_gather_single, torch.empty(3 * world + 1), torch.empty(3))
+    raises(ValueError, f"{world} times 3", all_gather_single, torch.empty(3 * world + 1), torch.empty(3))
     raises(ValueError, "input_split_sizes", dist.all_to_all_single, torch.empty(4), torch.empty(4), [4], [1])
     raises(ValueError, "no rank 99", dist.broadcast, torch.empty(2), group_src=99)
     dist.barrier()
