@@ -73,10 +73,11 @@ sanitize: $(STAMP) ## run the tests of the compiled parts under AddressSanitizer
 	PYTHONPATH=$(OUT)/sanitized LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -P -m pytest -m "not slow" tests/test_native.py tests/test_sockets.py $(PYTEST_FLAGS)
 
-lint: $(STAMP) ## check style and formatting, and the shell scripts
+lint: $(STAMP) ## check style and formatting, the shell scripts and the workflows
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/shellcheck .ci/run $(wildcard launch/*.sh launch/slurm.sbatch)
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
 
 types: $(STAMP) ## check the type annotations
 	$(BIN)/python -m mypy
@@ -94,7 +95,8 @@ fuzz: $(STAMP) ## 10,000 random programs: no hang, abort, innocent name or wrong
 soak: $(STAMP) ## ten thousand steps: memory flat, statistics equal
 	$(BIN)/python -m pytest -m slow -k soak --timeout 3600 $(PYTEST_FLAGS)
 
-bench: $(STAMP) ## all benchmarks on 2 ranks, gloo and MPI, into benchmarks/results
+bench: export BENCHMARKS_OUT ?= $(OUT)/benchmarks
+bench: $(STAMP) ## all benchmarks on 2 ranks, gloo and MPI, into OUT/benchmarks (or BENCHMARKS_OUT)
 	$(PIP) install -q $(PIP_FLAGS) --no-deps --no-build-isolation fairscale==0.4.13 # to compare with
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python -m syncbn.launch --engine mpi -n 2 benchmarks/layer.py --backend mpi4py

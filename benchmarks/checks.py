@@ -9,7 +9,7 @@ Three sides: "on", as it is by default; "off", with SYNCBN_CHECKS=off, where hea
   whose messages are there already; "all-reduce" in a gloo group of one rank.
 * ``step``: forward and backward of a small convolutional network on two ranks over gloo, every layer synchronized.
 
-Writes benchmarks/results/checks.csv.
+Writes checks.csv.
 """
 
 from __future__ import annotations

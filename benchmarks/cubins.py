@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[90, 89, 80])
     parser.add_argument("--sass", action="store_true", help="count accesses in the machine code")
     parser.add_argument("--quick", action="store_true", help="one small layer only")
-    parser.add_argument("--csv", default="", help="name of a file below benchmarks/results to write")
+    parser.add_argument("--csv", default="", help="name of a file to write, in $BENCHMARKS_OUT or out/benchmarks")
     args = parser.parse_args()
     rows: list[dict[str, object]] = []
     spilled = []

@@ -562,8 +562,8 @@ class Table:
         self.given = {"device": device, "machine": timing.machine()}
         self.file = None
         if name:
-            timing.RESULTS.mkdir(exist_ok=True)
-            self.file = (timing.RESULTS / name).open("w", newline="")
+            timing.OUT.mkdir(parents=True, exist_ok=True)
+            self.file = (timing.OUT / name).open("w", newline="")
             # One value to a line, since parts have different ones.
             self.writer = csv.writer(self.file, lineterminator="\n")
             self.writer.writerow([*self.COMMON, "name", "value"])
@@ -662,7 +662,9 @@ def main() -> None:
     parser.add_argument("--layouts", choices=LAYOUTS, nargs="+", default=["NHWC", "NCHW"])
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--csv", default="gpu.csv", help="name of the file below benchmarks/results; empty for none")
+    parser.add_argument(
+        "--csv", default="gpu.csv", help="name of the file in $BENCHMARKS_OUT or out/benchmarks; empty for none"
+    )
     args = parser.parse_args()
     ends = time.monotonic() + args.budget
     device = "cpu" if args.interpret else "cuda"

@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--collective-us", type=float, default=10.0)
     parser.add_argument("--late-us", type=float, default=8.0)
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--csv", default="", help="name of a file below benchmarks/results to write")
+    parser.add_argument("--csv", default="", help="name of a file to write, in $BENCHMARKS_OUT or out/benchmarks")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     costs = {name: getattr(args, f"{name}_us") * 1e-6 for name in ("launch", "collective", "late")}

@@ -264,7 +264,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--calls", type=int, default=20, help="calls on end in one measurement")
     parser.add_argument("--busy", type=int, default=0, help="processes that compute meanwhile")
-    parser.add_argument("--name", default="latency", help="of the CSV and the picture in benchmarks/results")
+    parser.add_argument(
+        "--name", default="latency", help="of the CSV and the picture, in $BENCHMARKS_OUT or out/benchmarks"
+    )
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rows is not None:

@@ -18,6 +18,11 @@ import torch.distributed as dist
 from syncbn.launch import MALLOC
 
 RESULTS = Path(__file__).parent / "results"
+"""The results that the pages show."""
+
+OUT = Path(os.environ.get("BENCHMARKS_OUT") or "out/benchmarks")
+"""Where a run writes: elsewhere, unless the variable ``BENCHMARKS_OUT`` says so."""
+
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # `pictures`: one look for benchmarks and experiments
 
 
@@ -89,9 +94,9 @@ def machine() -> str:
 
 
 def write_csv(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
-    """Write the rows, each with the machine, to benchmarks/results; numbers with four digits."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / name
+    """Write the rows, each with the machine, to a file in ``OUT``; numbers with four digits."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    path = OUT / name
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], "machine"], lineterminator="\n")
         writer.writeheader()

@@ -19,12 +19,14 @@ seeds) is a short form; ``--full`` takes 2, 4, 8 and 16 samples and 5 seeds.
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 
 import experiment
 import pictures
 import torch.distributed as dist
 from digits import load_data, mlps, sweep, test_accuracy
+from tqdm import tqdm
 
 LABELS = pictures.labels("local", "sync", "group")
 
@@ -48,21 +50,37 @@ def measure(args: argparse.Namespace) -> list[Result]:
 
     Ranks with local statistics have running statistics of their own; rank 0's count, as in a DDP checkpoint.
     """
-    data, world = load_data(), dist.get_world_size()
-    return [
-        Result(
-            run.norm,
-            samples,
-            world,
-            run.seed,
-            args.epochs,
-            len(run.losses),
-            test_accuracy(run.model, data),
-            run.epoch_losses(args.epochs)[-1],
+    data, world, is_first = load_data(), dist.get_world_size(), dist.get_rank() == 0
+    if is_first:
+        print(
+            f"{world} ranks learn {len(data.train_x)} handwritten digits, {len(LABELS) * args.seeds} networks side by "
+            f"side, with {', '.join(map(str, args.samples))} samples on each rank in turn",
+            flush=True,
         )
-        for samples, runs in sweep(args, data, mlps(LABELS), args.lr)
-        for run in runs
-    ]
+    results: list[Result] = []
+    for samples, runs in sweep(args, data, mlps(LABELS), args.lr):
+        results += [
+            Result(
+                run.norm,
+                samples,
+                world,
+                run.seed,
+                args.epochs,
+                len(run.losses),
+                test_accuracy(run.model, data),
+                run.epoch_losses(args.epochs)[-1],
+            )
+            for run in runs
+        ]
+        if is_first:
+            means = [f"{label} {accuracy(results, norm, samples):.1f} %" for norm, label in LABELS.items()]
+            tqdm.write(f"{samples} samples per device, test accuracy: {', '.join(means)}")
+    return results
+
+
+def accuracy(results: list[Result], norm: str, samples: int) -> float:
+    """Return the mean test accuracy over the seeds, in percent."""
+    return experiment.over_seeds(results, "test_accuracy", norm=norm, samples_per_device=samples)[0]
 
 
 def draw(folder: Path) -> None:
@@ -89,8 +107,7 @@ def report(args: argparse.Namespace, results: list[Result]) -> None:
     print(experiment.accuracy_and_loss(results, LABELS, args.samples))
     least, most = min(args.samples), max(args.samples)
     local, sync, at_most = (
-        experiment.over_seeds(results, "test_accuracy", norm=norm, samples_per_device=samples)[0]
-        for norm, samples in (("local", least), ("sync", least), ("sync", most))
+        accuracy(results, norm, samples) for norm, samples in (("local", least), ("sync", least), ("sync", most))
     )
     print(
         f"SyncBN at {least} samples per device: {sync - local:+.1f} points against local BN, "
@@ -104,7 +121,21 @@ def main() -> None:
         "Local BN, SyncBN and GN at few samples per device.", samples=[2, 4, 16], seeds=2, epochs=15, lr=0.1
     )
     args = experiment.parse(parser, "the full sweep: samples 2 4 8 16, 5 seeds", {"samples": [2, 4, 8, 16], "seeds": 5})
-    experiment.run(args, measure, report)
+    results = experiment.run(args, measure, report)
+    if os.environ["RANK"] == "0":
+        print(last_line(args, results))
+
+
+def last_line(args: argparse.Namespace, results: list[Result]) -> str:
+    """What was seen, in words, and what to do next."""
+    least = min(args.samples)
+    local, sync = (accuracy(results, norm, least) for norm in ("local", "sync"))
+    return (
+        f"Seen: with {least} samples on a device, batch norm over its own samples reaches {local:.1f} %, over those of "
+        f"all ranks {sync:.1f} %. Next: look at {args.out / 'small_batch.png'}, then convert a model of yours as "
+        "examples/train.py does, model = syncbn.convert_sync_batchnorm(model), and start it with: "
+        "syncbn launch -n 4 your_script.py"
+    )
 
 
 if __name__ == "__main__":

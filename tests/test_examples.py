@@ -55,6 +55,11 @@ def test_small_batch_shows_the_gap(tmp_path: Path) -> None:
     assert float(rows["sync"]["train_loss"]) < 0.5 * float(rows["local"]["train_loss"])
     assert (tmp_path / "small_batch.png").read_bytes().startswith(b"\x89PNG")
     assert "| 2 |" in out and f"wrote CSV and PNG to {tmp_path}" in out
+    first, *_, last = out.splitlines()
+    assert first.startswith("4 ranks learn 1347 handwritten digits, 3 networks side by side")
+    local, sync = (f"{accuracy[norm]:.1f} %" for norm in ("local", "sync"))
+    seen = f"batch norm over its own samples reaches {local}, over those of all ranks {sync}"
+    assert last.startswith("Seen: ") and seen in last and f"Next: look at {tmp_path / 'small_batch.png'}" in last
 
 
 @pytest.mark.integration
