@@ -31,6 +31,7 @@ COMMANDS = (
     "mpiexec",
     "kubectl",
     "sbatch",
+    "syncbn",
     "syncbn-launch",
     "torchrun",
     "compute-sanitizer",
@@ -81,7 +82,9 @@ def test_every_block_says_what_it_is(page: pages.Page) -> None:
 
 @every_page
 def test_commands_exist(page: pages.Page) -> None:
-    inline = [text for text in page.code if re.match(r"(make|python|mpiexec|syncbn-launch|torchrun|sbatch) \S", text)]
+    inline = [
+        text for text in page.code if re.match(r"(make|python|mpiexec|syncbn|syncbn-launch|torchrun|sbatch) \S", text)
+    ]
     for command in page.commands + inline:
         check_command(shlex.split(command, comments=True))
 
@@ -94,6 +97,8 @@ def check_command(words: list[str]) -> None:
         return
     program, *rest = words
     assert program in COMMANDS or (ROOT / program).is_file(), words
+    if program == "syncbn":
+        assert rest[0] in ("launch", "doctor", "recipes", "version"), words
     if program == "make":
         makefile = (ROOT / "Makefile").read_text()
         targets = [word for word in rest if "=" not in word]
