@@ -91,6 +91,12 @@ def connect(group: Any) -> None:
     comm._links[group] = {device: OnDevice(group, device)}
 
 
+def finish() -> None:
+    """Wait until kernels have written to the host."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 FORWARD = ["measure", "finish_moments", "sum", "normalize"]
 EMPTY = ["measure", "sum", "normalize", "sum_gradients", "finish_gradients", "sum"]
 BACKWARD = ["sum_gradients", "finish_gradients", "sum", "input_gradient"]
@@ -272,6 +278,7 @@ def test_ranks_that_differ_are_found_by_the_kernels(how: str, half: str) -> None
             layers[rank](x)
         else:
             outputs[1 + rank].sum().backward()
+        finish()
         with pytest.raises(syncbn.RankMismatchError, match="different calls") as caught:
             link.settle() if how == "settle" else layers[0](x)
         link.settle()  # said once
@@ -317,6 +324,7 @@ def test_a_graph_tells_the_call_that_was_captured(monkeypatch: pytest.MonkeyPatc
         capturing.now = True
         layer(x)
         capturing.now = False
+        finish()
         layer.layer_name = "later"
         with pytest.raises(syncbn.RankMismatchError, match=rf"layer 'captured on {rank}'.*call 1\)"):
             layer(x)
@@ -335,8 +343,9 @@ def test_the_rank_that_is_not_finite_is_named() -> None:
         layer = syncbn.SyncBatchNorm(3, process_group=group)
         layer.layer_name = "stem"
         y = layer(x)
-        assert link._record[5:7].tolist() == [1, 2] and link._broken_ranks(None) == "no rank"
         assert y[:, 1].isnan().all() and y[:, 0].isfinite().all()
+        finish()
+        assert link._record[5:7].tolist() == [1, 2] and link._broken_ranks(None) == "no rank"
         assert layer.running_mean.isfinite().all() and layer.running_mean[1] == 0
         link._warned.add("stem")  # (threads cannot catch warnings one by one)
         link.settle()
@@ -352,6 +361,7 @@ def test_a_warning_names_the_rank_in_a_later_step() -> None:
         layer = syncbn.SyncBatchNorm(3, process_group=group)
         layer.layer_name = "stem"
         layer(torch.full((4, 3), torch.inf))
+        finish()
         with pytest.warns(RuntimeWarning, match="layer 'stem' are not finite; they came from rank 0"):
             layer(torch.randn(4, 3))
         layer(torch.full((4, 3), torch.inf)), layer(torch.randn(4, 3))  # said once
