@@ -29,12 +29,15 @@ typedef struct {
 
 /* A core that was given away for as long, in nanoseconds, went to somebody who computes. */
 #define TAKEN INT64_C(200000)
-/* For so many exchanges, a rank then sleeps at once: the system wakes a sleeper sooner than it gives back a core. */
-#define PAUSE 64
+/* A rank then sleeps at once in its next exchanges: the system wakes a sleeper sooner than it gives back a core. In so
+ * many of them, and each time it happens again in twice as many, up to the most. */
+#define FEWEST 4
+#define MOST 64
 
 /* The descriptors of all peers, and how the next exchange waits for them. */
 typedef struct {
-    int64_t pause; /* exchanges in which not to look */
+    int32_t pause;   /* exchanges in which not to look */
+    int32_t doubled; /* how often the next pause is to be doubled */
     int numbers[];
 } Ends;
 
@@ -45,16 +48,20 @@ static int64_t now(void) {
 }
 
 /* Looks for so many nanoseconds whether a packet is there, and lets others have the core meanwhile; then sleeps. */
-static ssize_t read_soon(int end, const Py_buffer *buffer, int64_t looking, int64_t *pause) {
-    if (*pause == 0) {
+static ssize_t read_soon(int end, const Py_buffer *buffer, int64_t looking, Ends *ends) {
+    if (ends->pause == 0 && looking > 0) {
         int64_t const start = now();
         for (int64_t before = start, after; before - start < looking; before = after) {
             ssize_t length = recv(end, buffer->buf, (size_t)buffer->len, MSG_DONTWAIT | MSG_TRUNC);
-            if (length >= 0 || (errno != EAGAIN && errno != EWOULDBLOCK)) return length;
+            if (length >= 0 || (errno != EAGAIN && errno != EWOULDBLOCK)) {
+                if (before != start) ends->doubled = 0;
+                return length;
+            }
             sched_yield();
             after = now();
             if (after - before > TAKEN) {
-                *pause = PAUSE;
+                ends->pause = FEWEST << ends->doubled;
+                if (ends->pause < MOST) ends->doubled++;
                 break;
             }
         }
@@ -72,7 +79,7 @@ static void read_all(Course *course, Ends *ends, Py_ssize_t count, const Py_buff
                      int64_t looking) {
     course->interrupted = false;
     for (; course->read < count; course->read++) {
-        ssize_t length = read_soon(ends->numbers[course->read], &buffers[course->read], looking, &ends->pause);
+        ssize_t length = read_soon(ends->numbers[course->read], &buffers[course->read], looking, ends);
         if (length == expected) continue;
         if (length >= 0) course->other = length;
         course->interrupted = length < 0 && errno == EINTR;
@@ -112,7 +119,7 @@ static bool run(Course *course, Ends *ends, Py_ssize_t count, const Py_buffer *f
 PyDoc_STRVAR(swap_doc,
              "swap(ends: bytearray, frame: memoryview, buffers: list[memoryview], looking: int, /)\n\n"
              "Write the frame to all ends and read a packet of each into its buffer, looking for so many nanoseconds "
-             "before it sleeps. The ends are an int64, zero at first, and descriptors as C ints.\n\n"
+             "before it sleeps. The ends are two int32, zero at first, and descriptors as C ints.\n\n"
              "Returns None if all packets are as long as the frame, else how far it got: how many ends were written "
              "to, how many packets were read, and the length of one more that has another length, or -1.");
 
@@ -136,7 +143,7 @@ static PyObject *swap(PyObject *module, PyObject *const *arguments, Py_ssize_t g
     if (buffers == NULL) {
         PyErr_NoMemory();
     } else if (ends.len != (Py_ssize_t)(sizeof(Ends) + (size_t)count * sizeof(int)) ||
-               (uintptr_t)ends.buf % sizeof(int64_t) != 0) {
+               (uintptr_t)ends.buf % sizeof(int32_t) != 0) {
         PyErr_Format(PyExc_ValueError, "%zd bytes of ends do not go with %zd buffers", ends.len, count);
     } else if (take_buffers(arguments[2], count, buffers)) {
         Course course = {.other = -1};

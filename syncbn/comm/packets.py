@@ -26,5 +26,5 @@ add_rows: Callable[[bytearray, int, int, int, int, int], None] | None = getattr(
 
 
 def pack(descriptors: Sequence[int]) -> bytearray:
-    """The ends that ``swap`` writes to and reads from; it keeps a note of its own with them."""
-    return bytearray(struct.pack(f"q{len(descriptors)}i", 0, *descriptors))
+    """The ends that ``swap`` writes to and reads from; it keeps notes of its own with them."""
+    return bytearray(struct.pack(f"2i{len(descriptors)}i", 0, 0, *descriptors))
