@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
-import memory
+import counting
 import timing
 import torch
 import torch.nn.functional as F
@@ -125,7 +125,10 @@ def costs(k: int) -> list[dict[str, object]]:
         f"{k} micro-batches": in_parts,
     }
     times = timing.in_turn(sides, 5)
-    return [{"way": name, "peak MB": memory.peak(side) / 1e6, "ms": 1e3 * times[name]} for name, side in sides.items()]
+    return [
+        {"way": name, "peak MB": counting.peak_bytes(side) / 1e6, "ms": 1e3 * times[name]}
+        for name, side in sides.items()
+    ]
 
 
 def show(rows: list[dict[str, object]], name: str) -> None:

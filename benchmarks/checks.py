@@ -98,7 +98,7 @@ def in_turn(
 
 def one_rank_group() -> dist.ProcessGroup:
     """A gloo group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     group = dist.group.WORLD
     assert group is not None
     return group
@@ -148,7 +148,8 @@ def network() -> nn.Sequential:
 def step_on_a_rank(rank: int, world: int, store: str, results: Any, rounds: int) -> None:
     """Forward and backward on each side; rank 0 reports."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    meeting = dist.FileStore(store, world)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world)
     net = syncbn.convert_sync_batchnorm(network())
     x = torch.randn(4, 3, 16, 16)
     link = link_of(dist.group.WORLD, x.device)

@@ -26,7 +26,9 @@ from syncbn import comm
 SHAPES = [(8, 64, 56, 56), (8, 256, 14, 14)]
 
 
-def measure(shape: tuple[int, ...], layout: torch.memory_format, rounds: int, group: dist.ProcessGroup | None) -> dict:
+def measure(
+    shape: tuple[int, ...], layout: torch.memory_format, rounds: int, group: dist.ProcessGroup | None
+) -> dict[str, object]:
     """One row: medians in microseconds, and the ratio to PyTorch's eager layer without synchronization."""
     torch._dynamo.reset()
     torch.manual_seed(group.rank() if group is not None else 0)

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 import syncbn
 from syncbn import comm
 
-TARGETS = [(8, 64, 56, 56), (2, 64, 112, 112), (8, 256, 14, 14), (8, 512, 7, 7)]
+TARGETS: list[tuple[int, ...]] = [(8, 64, 56, 56), (2, 64, 112, 112), (8, 256, 14, 14), (8, 512, 7, 7)]
 TARGETS += [(2, 64, 56, 56), (2, 256, 14, 14), (2, 512, 7, 7), (1024, 64), (16384, 256)]
-SHAPES = {
+SHAPES: dict[str, list[tuple[int, ...]]] = {
     "targets": TARGETS,
     "resnet50": [
         (n, c, s, s) for n in (1, 2, 4, 16) for c, s in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))

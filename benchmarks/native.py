@@ -136,8 +136,8 @@ def main() -> None:
                 row = {"input": name, "layout": layout, "memory": memory, "threads": options.threads}
                 row |= {"variant": options.variant, "dtype": options.dtype, **us}
                 rows.append(row | {"over torch": ours / theirs, "over 4 clones": ours / us["clone"] / 4})
-    shown = ("input", "layout", "memory", "over torch", "over 4 clones")
-    texts = [{key: str(row[key])[:4] if key.startswith("over") else row[key] for key in shown} for row in rows]
+    columns = ("input", "layout", "memory", "over torch", "over 4 clones")
+    texts = [{key: str(row[key])[:4] if key.startswith("over") else row[key] for key in columns} for row in rows]
     print(markdown(texts))
     if not options.only:
         print(write_csv(f"native-{options.dtype}-{options.threads}t.csv", rows))

@@ -190,7 +190,8 @@ def steps(channels: int, hosts: int) -> dict[str, Callable[[], object]]:
 
     as_torch()
     assert gathered.sum() == len(gathered)
-    found = {"gloo: torch": as_torch, "gloo: syncbn all_reduce": linked(AllReduceOnHost(group, cpu))}
+    found: dict[str, Callable[[], object]] = {"gloo: torch": as_torch}
+    found["gloo: syncbn all_reduce"] = linked(AllReduceOnHost(group, cpu))
     if hosts == 1:
         os.environ[SWITCH] = "off"
         found["gloo: syncbn one hop"] = linked(comm.OneHop(group, cpu))
