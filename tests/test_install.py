@@ -143,16 +143,17 @@ def test_extras_resolve(built: tuple[Path, Path], environment: Path) -> None:
 
 
 def test_recipe_of_the_wheel_starts_ranks_elsewhere(environment: Path, tmp_path: Path) -> None:
-    """Where `launch/README.md` says that it lies."""
-    python = environment / "bin" / "python"
-    where = re.search(
-        r'python3 -c \'(import sysconfig; .*?)\'\)/(\S+)" \.', (ROOT / "launch" / "README.md").read_text()
-    )
-    assert where
-    recipes = Path(must(run(python, "-c", where[1], cwd=tmp_path)).strip(), where[2])
+    """From a copy by the command that `launch/README.md` gives, and from where the wheel has put them."""
+    command = environment / "bin" / "syncbn"
+    assert "    syncbn recipes my_launch\n" in (ROOT / "launch" / "README.md").read_text()
+    assert must(run(command, "recipes", "my_launch", cwd=tmp_path)).strip() == "my_launch"
+    assert {path.name for path in (tmp_path / "my_launch").iterdir()} == RECIPES
+    recipes = Path(must(run(command, "recipes", cwd=tmp_path)).strip())
+    assert recipes == environment / "share" / "syncbn" / "launch"
     assert {path.name for path in recipes.iterdir()} == RECIPES
     (tmp_path / "train.py").write_text(TRAIN)
-    settings = {"PYTHON": str(python), "RANKS": "2", "OMP_NUM_THREADS": "1"}
+    # (the Python that is first in PATH has no syncbn: the recipe takes that of its own environment)
+    settings = {"PATH": "/usr/bin:/bin", "RANKS": "2", "OMP_NUM_THREADS": "1"}
     said = must(run("sh", recipes / "torchrun.sh", "train.py", cwd=tmp_path, **settings))
     for rank in range(2):
         assert f"rank {rank} of 2, 1 batch, {environment}" in said
