@@ -20,7 +20,7 @@ _VARIABLES = """environment variables:
   SYNCBN_KERNELS=native|aten   compiled loops on CPUs, or PyTorch's operators (default: native, where built)
   SYNCBN_PIN=CORES             pin ranks where there are so many cores for each; 0: never (see launch --help)
 
-The first three must be the same on all ranks. `syncbn launch --help` has those of the launcher."""
+Give all ranks of a job the same values. `syncbn launch --help` has those of the launcher."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
