@@ -63,7 +63,7 @@ def test_rows_are_written_as_they_come_errors_too(monkeypatch: pytest.MonkeyPatc
     """And nothing new is begun when the time is over: a run that is cut off leaves what it has measured."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     gpu = load(ROOT / "benchmarks" / "gpu.py")
-    monkeypatch.setattr(gpu.timing, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu.timing, "OUT", tmp_path)
     table, written = gpu.Table("gpu.csv", "a GPU"), tmp_path / "gpu.csv"
 
     def second() -> Any:
