@@ -27,12 +27,15 @@ typedef struct {
     bool interrupted; /* by a signal, before the packet of the next peer */
 } Course;
 
-/* A core that was given away for as long, in nanoseconds, went to somebody who computes. */
+/* A core that was given away for as long, in nanoseconds, went to somebody who computes: a rank that is behind, or, if
+ * it was longer, another program. */
 #define TAKEN INT64_C(200000)
-/* A rank then sleeps at once in its next exchanges: the system wakes a sleeper sooner than it gives back a core. In so
- * many of them, and each time it happens again in twice as many, up to the most. */
+#define TAKEN_BY_OTHERS INT64_C(1500000)
+/* A rank then sleeps at once in its next exchanges: the system wakes a sleeper sooner than it gives back a core. In 4 of
+ * them, in 64 if others took it, and each time it happens again in twice as many, up to 1024. */
 #define FEWEST 4
-#define MOST 64
+#define OTHERS_DOUBLE 4
+#define MOST_DOUBLE 8
 
 /* The descriptors of all peers, and how the next exchange waits for them. */
 typedef struct {
@@ -60,8 +63,9 @@ static ssize_t read_soon(int end, const Py_buffer *buffer, int64_t looking, Ends
             sched_yield();
             after = now();
             if (after - before > TAKEN) {
+                if (after - before > TAKEN_BY_OTHERS && ends->doubled < OTHERS_DOUBLE) ends->doubled = OTHERS_DOUBLE;
                 ends->pause = FEWEST << ends->doubled;
-                if (ends->pause < MOST) ends->doubled++;
+                if (ends->doubled < MOST_DOUBLE) ends->doubled++;
                 break;
             }
         }
