@@ -112,6 +112,9 @@ def test_every_kernel_compiles() -> None:
     assert "0 with local memory" in said
 
 
+@pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9), reason="counts instructions as Triton 3.9 writes them"
+)
 def test_float64_is_computed_once_for_each_channel() -> None:
     """And not by all threads for all their channels, which took up to 339 instructions: most devices are slow at it."""
     said = python("benchmarks/cubins.py", "--quick", "--arch", "89", "--sass", interpret=False)
