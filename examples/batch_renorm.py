@@ -20,7 +20,7 @@ is a short form; ``--full`` takes 2 and 4 samples and 3 seeds.
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ import experiment
 import pictures
 import torch
 import torch.distributed as dist
-from digits import Run, build_mlp, load_data, sweep, test_accuracy
+from digits import build_mlp, load_data, test_accuracy
 from torch import Tensor, nn
+from training import Run, groups_of, train_side_by_side
 
 import syncbn
 
 LABELS = pictures.labels("local", "renorm", "sync", "sync_renorm")
+LR = 0.1  # at a total batch of 32
 
 
 class BatchRenorm(nn.Module):
@@ -129,21 +131,20 @@ def relax(runs: list[Run], progress: float) -> None:
                 layer.relax(progress)
 
 
-def measure(args: argparse.Namespace) -> tuple[dict[str, float], list[Result], list[Point]]:
-    """Train at each number of samples per device. All ranks return the same training losses; rank 0's network counts,
-    as in a DDP checkpoint.
+def measure(args: argparse.Namespace, case: tuple[int]) -> Iterator[Any]:
+    """Train at one number of samples per device. All ranks have the same training losses; rank 0's network counts, as
+    in a DDP checkpoint.
     """
-    alone, _ = dist.new_subgroups(1)
-    reached = reach(alone)
-    data, world = load_data(), dist.get_world_size()
-    results, points = [], []
-    for samples, runs in sweep(args, data, networks(alone), after_step=relax):
-        for each in runs:
-            losses = each.epoch_losses(args.epochs)
-            points += [Point(each.norm, samples, each.seed, e + 1, loss) for e, loss in enumerate(losses)]
-            accuracy = test_accuracy(each.model, data)
-            results.append(Result(each.norm, samples, world, each.seed, args.epochs, accuracy, losses[-1]))
-    return reached, results, points
+    (samples,), alone, data, world = case, groups_of(1), load_data(), dist.get_world_size()
+    if samples == args.samples[0]:
+        yield from (experiment.Number(f"reach of {name}", size) for name, size in reach(alone).items())
+    for each in train_side_by_side(
+        networks(alone), range(args.seeds), data, samples, args.epochs, LR, after_step=relax
+    ):
+        losses = each.epoch_losses(args.epochs)
+        yield from (Point(each.norm, samples, each.seed, epoch, loss) for epoch, loss in enumerate(losses, 1))
+        accuracy = test_accuracy(each.model, data)
+        yield Result(each.norm, samples, world, each.seed, args.epochs, accuracy, losses[-1])
 
 
 def draw(folder: Path) -> None:
@@ -167,12 +168,10 @@ def draw(folder: Path) -> None:
         pictures.legend_below([left, right])
 
 
-def report(args: argparse.Namespace, found: tuple[dict[str, float], list[Result], list[Point]]) -> None:
-    """Print the table and how far a loss reaches, and write the CSVs and the picture."""
-    reached, results, points = found
-    experiment.write_csv(results, args.out / "runs.csv")
-    experiment.write_csv(points, args.out / "curves.csv")
-    draw(args.out)
+def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
+    """Print the table and how far a loss reaches."""
+    results: list[Result] = tables["runs"]
+    reached = {row.name.removeprefix("reach of "): row.value for row in tables["numbers"]}
     print(experiment.accuracy_and_loss(results, LABELS, args.samples))
     print(
         "A loss on the first rank's outputs gives the last rank's samples a gradient of norm "
@@ -180,16 +179,15 @@ def report(args: argparse.Namespace, found: tuple[dict[str, float], list[Result]
     )
 
 
-def main() -> None:
-    """Run the sweep on the ranks that the launcher started; rank 0 reports."""
-    description = "Batch norm and batch renorm, over one rank's samples and over all."
-    parser = experiment.options(description, samples=[2], seeds=2, epochs=10)
-    experiment.run(
-        experiment.parse(parser, "the full sweep: samples 2 4, 3 seeds", {"samples": [2, 4], "seeds": 3}),
-        measure,
-        report,
-    )
-
+EXPERIMENT = experiment.Experiment(
+    about="Batch norm and batch renorm, over one rank's samples and over all.",
+    options={"samples": ([2], [2, 4]), "seeds": (2, 3), "epochs": (10, 10)},
+    tables={"runs": Result, "curves": Point, "numbers": experiment.Number},
+    cases=experiment.each_size,
+    measure=measure,
+    draw=draw,
+    report=report,
+)
 
 if __name__ == "__main__":
-    main()
+    experiment.main(EXPERIMENT)

@@ -20,13 +20,15 @@ import argparse
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import experiment
 import pictures
 import torch
 import torch.distributed as dist
-from digits import Digits, Run, build_mlp, constant, load_data, test_accuracy, train
+from digits import build_mlp, load_data, test_accuracy
 from torch import Tensor, nn
+from training import Data, Run, constant, train
 
 import syncbn
 
@@ -78,7 +80,7 @@ def gathered(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def activations(data: Digits, samples: int) -> tuple[list[Activation], float]:
+def activations(data: Data, samples: int) -> tuple[list[Activation], float]:
     """Return the statistics of the first layer's channels, and how far from its input the undone output is."""
     model = build_mlp("sync", seed=0)
     linear, norm = model[0][0], model[0][1]  # type: ignore[index]
@@ -110,7 +112,7 @@ def scaled(norm: str, seed: int, scale: float) -> nn.Sequential:
     return model
 
 
-def train_all(args: argparse.Namespace, data: Digits) -> tuple[list[Result], list[Point]]:
+def train_all(args: argparse.Namespace, data: Data) -> tuple[list[Result], list[Point]]:
     """Train all networks of both sweeps side by side."""
     total = args.samples * dist.get_world_size()
     in_epoch = len(data.train_x) // total
@@ -199,22 +201,18 @@ def draw(folder: Path) -> None:
         pictures.legend_below([second])
 
 
-Found = tuple[list[Activation], float, list[Result], list[Point]]
+def measure(args: argparse.Namespace, case: tuple[str]) -> list[Any]:
+    """Measure one claim, or two that are sweeps."""
+    if case == ("activations",):
+        rows, error = activations(load_data(), args.samples)
+        return [*rows, experiment.Number("undone", error)]
+    results, points = train_all(args, load_data())
+    return [*results, *points]
 
 
-def measure(args: argparse.Namespace) -> Found:
-    """Measure each claim."""
-    data = load_data()
-    return *activations(data, args.samples), *train_all(args, data)
-
-
-def report(args: argparse.Namespace, found: Found) -> None:
-    """Print the numbers behind each claim, and write the CSVs and the picture."""
-    rows, error, results, points = found
-    experiment.write_csv(rows, args.out / "activations.csv")
-    experiment.write_csv(results, args.out / "sweeps.csv")
-    experiment.write_csv(points, args.out / "curves.csv")
-    draw(args.out)
+def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
+    """Print the numbers behind each claim."""
+    rows, results, error = tables["activations"], tables["sweeps"], tables["numbers"][0].value
 
     def furthest(where: str, batch: str) -> str:
         shown = [row for row in rows if (row.where, row.batch) == (where, batch)]
@@ -230,15 +228,21 @@ def report(args: argparse.Namespace, found: Found) -> None:
     print(f"3. Scales of the initial weights:\n{format_sweep(results, 'scale', args.scales)}")
 
 
-def main() -> None:
-    """Measure each claim on the ranks that the launcher started; rank 0 reports."""
-    parser = experiment.options("The classic claims of batch norm, on real ranks.", samples=8, seeds=2, epochs=4)
-    experiment.add_option(parser, "rates", [0.1, 1, 3], "learning rates")
-    experiment.add_option(parser, "scales", [0.1, 1, 10], "of the weights")
-    rates, scales = [0.01, 0.03, 0.1, 0.3, 1, 3, 10], [0.01, 0.1, 0.3, 1, 3, 10]
-    full = {"rates": rates, "scales": scales, "seeds": 3, "epochs": 6}
-    experiment.run(experiment.parse(parser, "all rates and scales, 3 seeds, 6 epochs", full), measure, report)
-
+EXPERIMENT = experiment.Experiment(
+    about="The classic claims of batch norm, on real ranks.",
+    options={
+        "samples": (8, 8),
+        "seeds": (2, 3),
+        "epochs": (4, 6),
+        "rates": ([0.1, 1.0, 3.0], [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0], "learning rates"),
+        "scales": ([0.1, 1.0, 10.0], [0.01, 0.1, 0.3, 1.0, 3.0, 10.0], "of the weights"),
+    },
+    tables={"activations": Activation, "sweeps": Result, "curves": Point, "numbers": experiment.Number},
+    cases=lambda args: [("activations",), ("sweeps",)],
+    measure=measure,
+    draw=draw,
+    report=report,
+)
 
 if __name__ == "__main__":
-    main()
+    experiment.main(EXPERIMENT)

@@ -24,13 +24,15 @@ import pictures
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from digits import Digits, Run, load_data, mlps, sweep
+from digits import load_data, mlps
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from training import Data, Run, train_side_by_side
 
 import syncbn
 
 LABELS = pictures.labels("local", "sync")
+LR = 0.1  # at a total batch of 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ def observe(model: nn.Module, norm: str) -> list[float]:
     return distances
 
 
-def evaluate(run: Run, data: Digits, total_batch: int) -> tuple[float, float, float, float, float]:
+def evaluate(run: Run, data: Data, total_batch: int) -> tuple[float, float, float, float, float]:
     """Return the last five columns of a `Result`, means over all ranks."""
     model = copy.deepcopy(run.model)
     for buffer in model.buffers():  # as a DDP checkpoint holds them
@@ -97,13 +99,12 @@ def evaluate(run: Run, data: Digits, total_batch: int) -> tuple[float, float, fl
     return batch_accuracy, running_accuracy, batch_loss, running_loss, distance
 
 
-def measure(args: argparse.Namespace) -> list[Result]:
-    """Train at each number of samples per device, and evaluate twice. All ranks return the same."""
-    data, world = load_data(), dist.get_world_size()
+def measure(args: argparse.Namespace, case: tuple[int]) -> list[Result]:
+    """Train at one number of samples per device, and evaluate twice. All ranks return the same."""
+    (samples,), data, world = case, load_data(), dist.get_world_size()
     return [
         Result(run.norm, samples, world, run.seed, args.epochs, *evaluate(run, data, samples * world))
-        for samples, runs in sweep(args, data, mlps(LABELS))
-        for run in runs
+        for run in train_side_by_side(mlps(LABELS), range(args.seeds), data, samples, args.epochs, LR)
     ]
 
 
@@ -162,10 +163,9 @@ def draw(folder: Path) -> None:
         axes[2].legend()
 
 
-def report(args: argparse.Namespace, results: list[Result]) -> None:
-    """Print the table and what it shows, and write the CSV and the picture."""
-    experiment.write_csv(results, args.out / "runs.csv")
-    draw(args.out)
+def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
+    """Print the table and what it shows."""
+    results: list[Result] = tables["runs"]
     print(format_table(results, args.samples))
     for norm, label in LABELS.items():
         gaps = []
@@ -178,13 +178,15 @@ def report(args: argparse.Namespace, results: list[Result]) -> None:
         print(f"{label}: test loss with running statistics less that with batch statistics: {', '.join(gaps)}.")
 
 
-def main() -> None:
-    """Run the sweep on the ranks that the launcher started; rank 0 reports."""
-    description = "Batch statistics against running statistics, at several batch sizes."
-    parser = experiment.options(description, samples=[2, 16], seeds=2, epochs=10)
-    args = experiment.parse(parser, "the full sweep: samples 2 4 8 16, 5 seeds", {"samples": [2, 4, 8, 16], "seeds": 5})
-    experiment.run(args, measure, report)
-
+EXPERIMENT = experiment.Experiment(
+    about="Batch statistics against running statistics, at several batch sizes.",
+    options={"samples": ([2, 16], [2, 4, 8, 16]), "seeds": (2, 5), "epochs": (10, 10)},
+    tables={"runs": Result},
+    cases=experiment.each_size,
+    measure=measure,
+    draw=draw,
+    report=report,
+)
 
 if __name__ == "__main__":
-    main()
+    experiment.main(EXPERIMENT)

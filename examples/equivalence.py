@@ -13,17 +13,19 @@ losses at each step) and ``equivalence.png`` go into the folder given by ``--out
 
 import argparse
 import dataclasses
-import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import experiment
 import pictures
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from digits import Digits, build_mlp, load_data
+from digits import build_mlp, load_data
 from torch import Tensor, nn
+from training import Data
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 TOTAL_BATCH = 32
@@ -45,6 +47,16 @@ class Case:
 class Difference:
     """The largest absolute differences to the single process."""
 
+    loss: float
+    weights: float
+    statistics: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of ``differences.csv``: the place of a case in `CASES`, and its largest differences."""
+
+    case: int
     loss: float
     weights: float
     statistics: float
@@ -103,7 +115,7 @@ def sgd_step(model: nn.Module, total: Tensor, sync: bool) -> Tensor:
     return flat[0]
 
 
-def train(model: nn.Module, data: Digits, case: Case, steps: int, mine: slice | None) -> Tensor:
+def train(model: nn.Module, data: Data, case: Case, steps: int, mine: slice | None) -> Tensor:
     """Train on the slice `mine` of each batch (None: on all of it, alone); return the global losses."""
     x, y = data.train_x.to(case.dtype), data.train_y
     generator = torch.Generator().manual_seed(0)
@@ -121,7 +133,7 @@ def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
 
 
-def compare(case: Case, data: Digits, steps: int) -> tuple[Difference, list[Step]] | None:
+def compare(case: Case, data: Data, steps: int) -> tuple[Difference, list[Step]] | None:
     """Train on all ranks and, on rank 0, alone; return how far apart they are (None on other ranks)."""
     sizes = shares(case.split, dist.get_world_size())
     start = sum(sizes[: dist.get_rank()])
@@ -181,43 +193,44 @@ def draw(folder: Path) -> None:
         pictures.legend_below(axes)
 
 
-def measure(args: argparse.Namespace) -> tuple[list[Step], int]:
-    """Run all cases; rank 0 says of each whether it holds. Returns what rank 0 is to draw, and how many failed."""
-    data, world = load_data(), dist.get_world_size()
-    failures = torch.zeros(1)
-    if dist.get_rank() == 0:
-        print(f"{world} ranks against one process, {args.steps} steps, total batch {TOTAL_BATCH}")
-        print(experiment.markdown(HEADER, []))
-    steps: list[Step] = []
-    for case in CASES:
-        compared = compare(case, data, args.steps)
-        if compared is not None:
-            difference, of_case = compared
-            steps += of_case
-            good = holds(case, difference)
-            failures += not good
-            print(format_row(case, difference, good), flush=True)
-    dist.broadcast(failures, src=0)
-    return steps, int(failures.item())
+def cases(args: argparse.Namespace) -> Iterator[tuple[int]]:
+    """Yield the place of each case in the table; stop where there is nothing to compare."""
+    if dist.get_world_size() < 2:
+        sys.exit("needs 2 or more ranks: python -m syncbn.launch -n 4 examples/equivalence.py")
+    return ((i,) for i in range(len(CASES)))
 
 
-def report(args: argparse.Namespace, found: tuple[list[Step], int]) -> None:
-    """Write the CSV and the picture."""
-    steps, _ = found
-    experiment.write_csv(steps, args.out / "steps.csv")
-    draw(args.out)
+def measure(args: argparse.Namespace, case: tuple[int]) -> list[Any]:
+    """Compare a case; rank 0 returns what it gave."""
+    compared = compare(CASES[case[0]], load_data(), args.steps)
+    if compared is None:
+        return []
+    difference, steps = compared
+    return [Row(case[0], **dataclasses.asdict(difference)), *steps]
 
 
-def main() -> int:
-    """Run all cases on the ranks that the launcher started; return the exit code, the same on every rank."""
-    parser = experiment.options("N ranks against one process with the whole batch.")
-    experiment.add_option(parser, "steps", 200, "SGD steps")
-    args = experiment.parse(parser)
-    if int(os.environ["WORLD_SIZE"]) < 2:
-        parser.error("needs 2 or more ranks: python -m syncbn.launch -n 4 examples/equivalence.py")
-    _, failures = experiment.run(args, measure, report)
+def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> int:
+    """Print the table; return 1 if a case did not hold."""
+    print(f"{dist.get_world_size()} ranks against one process, {args.steps} steps, total batch {TOTAL_BATCH}")
+    print(experiment.markdown(HEADER, []))
+    failures = 0
+    for row in tables["differences"]:
+        case, difference = CASES[row.case], Difference(row.loss, row.weights, row.statistics)
+        good = holds(case, difference)
+        failures += not good
+        print(format_row(case, difference, good))
     return int(failures > 0)
 
 
+EXPERIMENT = experiment.Experiment(
+    about="N ranks against one process with the whole batch.",
+    options={"steps": (200, 200, "SGD steps")},
+    tables={"differences": Row, "steps": Step},
+    cases=cases,
+    measure=measure,
+    draw=draw,
+    report=report,
+)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    experiment.main(EXPERIMENT)

@@ -1,4 +1,4 @@
-"""What the experiments share around their measurements: command line, ranks, progress, tables and CSV.
+"""What the experiments share: one `main` for all of them, and around it progress, tables and CSV.
 
 Not a script: the experiments beside it import it.
 """
@@ -6,7 +6,9 @@ Not a script: the experiments beside it import it.
 import argparse
 import csv
 import dataclasses
+import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -21,7 +23,6 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-Found = TypeVar("Found")
 Row = TypeVar("Row", bound="DataclassInstance")
 
 OPTIONS = {
@@ -31,65 +32,172 @@ OPTIONS = {
     "lr": "peak rate at a total batch of 32",
 }
 
-
-def options(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """Return a command line with those of `OPTIONS` that have a default here; one with a list takes several values."""
-    parser = argparse.ArgumentParser(description=description)
-    for name, default in defaults.items():
-        add_option(parser, name, default, OPTIONS[name])
-    return parser
+JOURNAL = "unfinished.jsonl"
 
 
-def add_option(parser: argparse.ArgumentParser, name: str, default: Any, meaning: str) -> None:
-    """Add an option whose type is that of its default, which its help shows."""
-    if isinstance(default, list):
-        shown = " ".join(map(str, default))
-        parser.add_argument(f"--{name}", type=type(default[0]), nargs="+", default=default, help=f"{meaning} ({shown})")
-    else:
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} ({default})")
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What an experiment sweeps, measures and reports: all that `main` asks for.
 
-
-def parse(
-    parser: argparse.ArgumentParser, in_full: str = "", full: Mapping[str, Any] | None = None, least_samples: int = 2
-) -> argparse.Namespace:
-    """Return the options of the command line; stop with a hint where no launcher has started this process.
-
-    Adds ``--out``, and ``--full``, for which `full` has the options' values and `in_full` the help.
+    Attributes:
+        about: what it is, in a line.
+        options: by name, the value of the short form and that of the full one, and what it means (for those of
+            `OPTIONS` this may be left out). A list takes several values.
+        tables: by the names of the CSVs, the dataclasses of which each row of them is one.
+        cases: what it sweeps, from the options: of each case a tuple of strings and numbers.
+        measure: called with the options and a case, on all ranks; returns rows, which count on rank 0.
+        draw: draws into the folder of the results what is in its CSVs.
+        report: called on rank 0 with the options and the rows of each table; prints what was found, and returns the
+            exit code.
+        ranks: how many it is meant for.
+        least_samples: fewest samples per device that it can do with.
     """
-    if full is not None:
-        parser.add_argument("--full", action="store_true", help=in_full)
-    parser.add_argument("--out", type=Path, help="folder for CSV and PNG", default=Path("out") / Path(parser.prog).stem)
-    args = parser.parse_args()
-    if "RANK" not in os.environ:
-        parser.error(f"start the ranks with: python -m syncbn.launch -n 4 examples/{parser.prog}")
-    if full is not None and args.full:
-        vars(args).update(full)
-    samples = getattr(args, "samples", least_samples)
-    least = min(samples) if isinstance(samples, list) else samples
-    if least < least_samples:
-        parser.error(f"--samples {least}: local statistics need at least {least_samples} samples per device")
-    return args
+
+    about: str
+    options: Mapping[str, tuple[Any, ...]]
+    tables: Mapping[str, type]
+    cases: Callable[[argparse.Namespace], Iterable[tuple[Any, ...]]]
+    measure: Callable[..., Iterable[Any]]
+    draw: Callable[[Path], None]
+    report: Callable[[argparse.Namespace, dict[str, list[Any]]], int | None]
+    ranks: int = 4
+    least_samples: int = 2
 
 
-def run(
-    args: argparse.Namespace,
-    measure: Callable[[argparse.Namespace], Found],
-    report: Callable[[argparse.Namespace, Found], None],
-) -> Found:
-    """Measure on the ranks that the launcher started, with one thread each; rank 0 reports, and says how long it took.
+def main(experiment: Experiment) -> None:
+    """Run the experiment on the ranks that the launcher started, with one thread each; rank 0 reports.
 
-    Returns what this rank measured.
+    It takes minutes, or with ``--full`` more of them. What a case gave is kept at once, in a journal in the folder of
+    the results: started again with the same options, an interrupted experiment goes on with the next case. At the end
+    the journal is removed, and a line in ``run.json`` says which command has taken how long on how many ranks.
     """
-    start = time.monotonic()
+    args = parse(command_line(experiment), experiment)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo")
-    found = measure(args)
+    journal = Journal(args.out / JOURNAL, described(args), experiment.tables)
+    done = [journal.begin() if dist.get_rank() == 0 else []]
+    dist.broadcast_object_list(done)
+    cases = [tuple(case) for case in experiment.cases(args)]
+    for number, case in enumerate(cases, 1):
+        if list(case) in done[0]:
+            continue
+        start = time.monotonic()
+        if dist.get_rank() == 0 and len(cases) > 1:
+            print(f"{number} of {len(cases)}:", *case, file=sys.stderr, flush=True)
+        rows = list(experiment.measure(args, case))
+        if dist.get_rank() == 0:
+            journal.add(case, time.monotonic() - start, rows)
+        dist.barrier()
+    code = None
     if dist.get_rank() == 0:
-        report(args, found)
-        print(f"{time.monotonic() - start:.0f} s on {dist.get_world_size()} ranks; wrote CSV and PNG to {args.out}")
+        tables, seconds = journal.read()
+        for name, rows in tables.items():
+            write_csv(rows, args.out / f"{name}.csv")
+        experiment.draw(args.out)
+        world = dist.get_world_size()
+        how = {"command": command(), "ranks": world, "seconds": round(seconds), "torch": torch.__version__}
+        (args.out / "run.json").write_text(json.dumps(how, indent=2) + "\n")
+        journal.path.unlink()
+        print(f"{seconds:.0f} s on {world} ranks; wrote CSV and PNG to {args.out}")
+        code = experiment.report(args, tables)
     dist.destroy_process_group()
-    return found
+    sys.exit(code)
+
+
+def command_line(experiment: Experiment) -> argparse.ArgumentParser:
+    """Return the parser of an experiment's options, whose defaults are those of the short form."""
+    parser = argparse.ArgumentParser(description=experiment.about)
+    for name, (short, _, *meaning) in experiment.options.items():
+        shown = " ".join(map(str, short)) if isinstance(short, list) else short
+        (text,) = meaning or [OPTIONS[name]]
+        several: dict[str, Any] = {"nargs": "+"} if isinstance(short, list) else {}
+        kind = type(short[0] if isinstance(short, list) else short)
+        parser.add_argument(f"--{name}", type=kind, help=f"{text} ({shown})", **several)
+    full = ", ".join(
+        f"{name} {' '.join(map(str, more)) if isinstance(more, list) else more}"
+        for name, (short, more, *_) in experiment.options.items()
+        if more != short
+    )
+    folder = Path(parser.prog).stem
+    parser.add_argument("--full", action="store_true", help=f"the full form: {full or 'the same'}")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder for CSV and PNG (out/{folder}; with --full examples/results/{folder})"
+    )
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, experiment: Experiment) -> argparse.Namespace:
+    """Return the options of the command line; stop with a hint where no launcher has started this process."""
+    args = parser.parse_args()
+    for name, (short, full, *_) in experiment.options.items():
+        if getattr(args, name) is None:
+            setattr(args, name, full if args.full else short)
+    if args.out is None:
+        folder = Path(parser.prog).stem
+        args.out = Path(__file__).parent / "results" / folder if args.full else Path("out") / folder
+    if "RANK" not in os.environ:
+        parser.error(f"start the ranks with: python -m syncbn.launch -n {experiment.ranks} examples/{parser.prog}")
+    samples = getattr(args, "samples", experiment.least_samples)
+    least = min(samples) if isinstance(samples, list) else samples
+    if least < experiment.least_samples:
+        parser.error(f"--samples {least}: local statistics need at least {experiment.least_samples} samples per device")
+    return args
+
+
+def described(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what two runs must have in common for one to go on with what the other has measured."""
+    options = {name: value for name, value in vars(args).items() if name not in ("out", "full")}
+    return {"options": options, "ranks": dist.get_world_size()}
+
+
+def command() -> str:
+    """Return the command that started this."""
+    program = Path(sys.argv[0])
+    words = [f"{program.parent.name}/{program.name}", *sys.argv[1:]]
+    return shlex.join(["python", "-m", "syncbn.launch", "-n", str(dist.get_world_size()), *words])
+
+
+class Journal:
+    """The cases that an unfinished experiment has measured: a file with a line for each.
+
+    Args:
+        path: of the file.
+        what: the options and the number of ranks.
+        tables: the dataclasses of rows, by the names of their tables.
+    """
+
+    def __init__(self, path: Path, what: dict[str, Any], tables: Mapping[str, type]) -> None:
+        self.path, self.what, self.tables = path, what, tables
+
+    def begin(self) -> list[list[Any]]:
+        """Return the cases that are there already; begin a new journal if there are none."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            self.path.write_text(json.dumps(self.what) + "\n")
+        what, *lines = self._lines()
+        if what != json.loads(json.dumps(self.what)):
+            sys.exit(f"{self.path} is of a run with other options, {what}: go on with those, or remove it")
+        return [line["case"] for line in lines]
+
+    def add(self, case: tuple[Any, ...], seconds: float, rows: list[Any]) -> None:
+        """Write down what a case gave, in one line, so that an interruption leaves all of it or nothing."""
+        name = {kind: table for table, kind in self.tables.items()}
+        found = [[name[type(row)], dataclasses.asdict(row)] for row in rows]
+        with self.path.open("a") as file:
+            file.write(json.dumps({"case": case, "seconds": seconds, "rows": found}) + "\n")
+
+    def read(self) -> tuple[dict[str, list[Any]], float]:
+        """Return the rows of each table, and the seconds that all cases took together."""
+        tables: dict[str, list[Any]] = {name: [] for name in self.tables}
+        _, *lines = self._lines()
+        for line in lines:
+            for name, row in line["rows"]:
+                tables[name].append(self.tables[name](**row))
+        return tables, sum(line["seconds"] for line in lines)
+
+    def _lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
 
 
 def progress(steps: int) -> Any:
@@ -97,6 +205,19 @@ def progress(steps: int) -> Any:
     # Without a terminal a bar that is redrawn ten times a second would fill a log file.
     pace = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(total=steps, unit="step", disable=dist.get_rank() != 0, mininterval=pace)
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """One line of a table of single numbers."""
+
+    name: str
+    value: float
+
+
+def each_size(args: argparse.Namespace) -> list[tuple[int]]:
+    """Return the cases of a sweep over samples per device, with all seeds side by side."""
+    return [(samples,) for samples in args.samples]
 
 
 def mean_and_std(values: Iterable[float]) -> tuple[float, float]:

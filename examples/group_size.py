@@ -21,23 +21,24 @@ import argparse
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import experiment
 import pictures
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from digits import Digits, Run, average_gradients, batches, load_data, warm_up_and_cosine
+from digits import load_data
 from torch import Tensor, nn
+from training import Data, Run, groups_of, stacked_batches, train_stacked
 
 import syncbn
 from syncbn.diagnostics import THRESHOLD, NoiseReport, measure_noise
 from syncbn.diagnostics.plot import draw as draw_noise
 
 NETWORKS = {"shallow": (128, 64), "deep": (128, 128, 128, 128, 64)}
-FULL = [("shallow", 1), ("shallow", 2), ("shallow", 4), ("deep", 2)]
 POINTS = 1.0
 
 
@@ -102,8 +103,16 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(self.bias, input.transpose(0, 1), self.weight).transpose(0, 1)
 
 
+class Transposed(nn.Module):
+    """(N, S, classes) to (N, classes, S)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Swap the two."""
+        return input.transpose(1, 2)
+
+
 def build(hidden: tuple[int, ...], seeds: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
-    """Return the networks of all seeds as one: shape (N, seeds, 64) to (N, seeds, 10)."""
+    """Return the networks of all seeds as one: shape (N, seeds, 64) to (N, 10, seeds)."""
     widths = (64, *hidden, 10)
     linears: list[list[nn.Linear]] = []
     for seed in range(seeds):
@@ -114,13 +123,7 @@ def build(hidden: tuple[int, ...], seeds: int, norm: Callable[[int], nn.Module])
         nn.Sequential(linear, nn.Flatten(1), norm(seeds * width), nn.ReLU(), nn.Unflatten(1, (seeds, width)))
         for linear, width in zip(inner, hidden, strict=True)
     ]
-    return nn.Sequential(*blocks, last)
-
-
-def stacked_batches(data: Digits, total_batch: int, seeds: int, epoch: int) -> list[Tensor]:
-    """Return this rank's sample indices for one epoch, each of shape (samples, seeds)."""
-    orders = [batches(len(data.train_x), total_batch, seed, epoch) for seed in range(seeds)]
-    return [torch.stack(each, 1) for each in zip(*orders, strict=True)]
+    return nn.Sequential(*blocks, last, Transposed())
 
 
 def group_sizes(samples: int) -> list[int]:
@@ -130,59 +133,32 @@ def group_sizes(samples: int) -> list[int]:
 
 
 def measure(
-    model: nn.Module, data: Digits, total_batch: int, seeds: int, threshold: float, alone: bool = False
+    model: nn.Module, data: Data, total_batch: int, seeds: int, threshold: float, alone: bool = False
 ) -> NoiseReport:
     """Return the noise report over one epoch of batches; `alone`: of this rank by itself."""
     own = dist.new_subgroups(1)[0] if alone else None
-    inputs = (data.train_x[mine] for mine in stacked_batches(data, total_batch, seeds, epoch=0))
+    inputs = (data.train_x[mine] for mine in stacked_batches(len(data.train_x), total_batch, range(seeds), epoch=0))
     sizes = [1, 2, 4, 8, 16, 32]
     return measure_noise(model, inputs, sizes, threshold=threshold, process_group=own)
 
 
-def train(runs: list[Run], data: Digits, total_batch: int, args: argparse.Namespace, name: str) -> list[Tensor]:
-    """Train the stacked networks of each group size side by side; return their losses per seed in the last epoch."""
-    steps_per_epoch = len(data.train_x) // total_batch
-    losses = [torch.zeros(args.seeds, dtype=torch.float64) for _ in runs]
-    with experiment.progress(steps_per_epoch * args.epochs) as bar:
-        bar.set_description(name)
-        for epoch in range(args.epochs):
-            for i, mine in enumerate(stacked_batches(data, total_batch, args.seeds, epoch)):
-                rate = warm_up_and_cosine(epoch * steps_per_epoch + i, steps_per_epoch * args.epochs, runs[0].peak)
-                for run, last in zip(runs, losses, strict=True):
-                    logits = run.model(data.train_x[mine]).transpose(1, 2)
-                    loss = F.cross_entropy(logits, data.train_y[mine], reduction="none").mean(0)
-                    run.optimizer.zero_grad()
-                    loss.sum().backward()
-                    if epoch == args.epochs - 1:
-                        last += loss.detach() / steps_per_epoch
-                average_gradients(runs)
-                for run in runs:
-                    run.optimizer.param_groups[0]["lr"] = rate
-                    run.optimizer.step()
-                bar.update()
-    for last in losses:
-        dist.all_reduce(last)
-        last /= dist.get_world_size()
-    return losses
-
-
-def accuracies(model: nn.Module, data: Digits, seeds: int) -> list[float]:
+def accuracies(model: nn.Module, data: Data, seeds: int) -> list[float]:
     """Return each seed's share of test images that it gets right with its running statistics, in percent."""
     model.eval()
     with torch.no_grad():
-        hits = model(data.test_x.unsqueeze(1).expand(-1, seeds, -1)).argmax(2) == data.test_y.unsqueeze(1)
+        hits = model(data.test_x.unsqueeze(1).expand(-1, seeds, -1)).argmax(1) == data.test_y.unsqueeze(1)
     return (100 * hits.double().mean(0)).tolist()
 
 
 def run_case(
-    network: str, samples: int, groups: dict[int, dist.ProcessGroup], data: Digits, args: argparse.Namespace
+    network: str, samples: int, data: Data, args: argparse.Namespace
 ) -> tuple[list[Result], list[Noise], Answer, NoiseReport]:
     """Train with every group size at one number of samples per device, and measure the noise."""
     world = dist.get_world_size()
     total_batch = samples * world
     runs = {}
     for k in group_sizes(samples):
-        norm = functools.partial(syncbn.SyncBatchNorm, process_group=groups[k])
+        norm = functools.partial(syncbn.SyncBatchNorm, process_group=groups_of(k))
         model = build(NETWORKS[network], args.seeds, norm)
         runs[k] = Run(f"groups of {k}", 0, model, args.lr * total_batch / 32)
     reports = {("start", "all ranks"): measure(runs[world].model, data, total_batch, args.seeds, args.threshold)}
@@ -190,7 +166,7 @@ def run_case(
         reports["start", "one rank alone"] = measure(
             runs[1].model, data, total_batch, args.seeds, args.threshold, alone=True
         )
-    losses = train(list(runs.values()), data, total_batch, args, f"{network}, {samples} samples per device")
+    losses = train_stacked(list(runs.values()), data, range(args.seeds), total_batch, args.epochs)
     report = reports["end", "all ranks"] = measure(runs[world].model, data, total_batch, args.seeds, args.threshold)
     noises = [
         Noise(network, samples, *key, r.layer, r.group_size, r.noise, r.noise_error, r.mean_noise, r.std_noise)
@@ -211,9 +187,7 @@ def run_case(
             loss,
         )
         for (k, run), last in zip(runs.items(), losses, strict=True)
-        for seed, (accuracy, loss) in enumerate(
-            zip(accuracies(run.model, data, args.seeds), last.tolist(), strict=True)
-        )
+        for seed, (accuracy, loss) in enumerate(zip(accuracies(run.model, data, args.seeds), last[-1], strict=True))
     ]
     asked = report.group_size
     assert asked is not None
@@ -296,58 +270,47 @@ def draw(folder: Path) -> None:
     draw_noise(curves, threshold, title, folder / "noise.png")
 
 
-@dataclasses.dataclass
-class Found:
-    """What all cases gave."""
-
-    results: list[Result] = dataclasses.field(default_factory=list)
-    noises: list[Noise] = dataclasses.field(default_factory=list)
-    answers: list[Answer] = dataclasses.field(default_factory=list)
-
-
-def sweep(args: argparse.Namespace) -> Found:
-    """Run all cases; rank 0 says of each what it gave."""
-    data, found = load_data(), Found()
-    groups = {k: dist.new_subgroups(k)[0] for k in group_sizes(2)}
-    for network, samples in args.cases:
-        own, noises, answer, noise_report = run_case(network, samples, groups, data, args)
-        found.results += own
-        found.noises += noises
-        found.answers.append(answer)
-        if dist.get_rank() == 0:
-            print_results(own, answer)
-            print(noise_report)
-    return found
+def cases(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """Yield each network with its number of samples per device."""
+    for text in args.cases:
+        network, _, samples = text.partition(":")
+        if network not in NETWORKS or not samples.isdecimal() or int(samples) < 1:
+            sys.exit(f"--cases {text}: give a network ({', '.join(NETWORKS)}), a colon and samples per device")
+        yield network, int(samples)
 
 
-def report(args: argparse.Namespace, found: Found) -> None:
-    """Write the CSVs and the pictures, and say how often the answer was right."""
-    experiment.write_csv(found.results, args.out / "runs.csv")
-    experiment.write_csv(found.noises, args.out / "noise.csv")
-    experiment.write_csv(found.answers, args.out / "answers.csv")
-    draw(args.out)
-    held = sum(answer.within_one_point for answer in found.answers)
-    print(
-        f"\nThe recommended group size is within one point of full synchronization in {held} of {len(found.answers)}."
-    )
+def sweep(args: argparse.Namespace, case: tuple[str, int]) -> list[Any]:
+    """Run a case; rank 0 says what it gave."""
+    results, noises, answer, noise_report = run_case(*case, load_data(), args)
+    if dist.get_rank() == 0:
+        print_results(results, answer)
+        print(noise_report)
+    return [*results, *noises, answer]
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = experiment.options("Statistics over groups of 1, 2, 4, ... ranks.", samples=[2], seeds=2, epochs=6, lr=0.1)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["shallow"], help="networks (shallow)")
-    experiment.add_option(parser, "threshold", THRESHOLD, "of the noise report")
-    in_full = "1, 2 and 4 samples, the deep network at 2; 5 seeds, 8 epochs"
-    args = experiment.parse(parser, in_full, {"cases": FULL, "seeds": 5, "epochs": 8}, least_samples=1)
-    if not args.full:
-        args.cases = [(network, samples) for network in args.networks for samples in args.samples]
-    return args
+def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
+    """Say how often the answer was right."""
+    answers: list[Answer] = tables["answers"]
+    held = sum(answer.within_one_point for answer in answers)
+    print(f"\nThe recommended group size is within one point of full synchronization in {held} of {len(answers)}.")
 
 
-def main() -> None:
-    """Run the sweep on the ranks that the launcher started; rank 0 reports."""
-    experiment.run(parse_arguments(), sweep, report)
-
+EXPERIMENT = experiment.Experiment(
+    about="Statistics over groups of 1, 2, 4, ... ranks.",
+    options={
+        "cases": (["shallow:2"], ["shallow:1", "shallow:2", "shallow:4", "deep:2"], "network:samples per device"),
+        "seeds": (2, 5),
+        "epochs": (6, 8),
+        "lr": (0.1, 0.1),
+        "threshold": (THRESHOLD, THRESHOLD, "of the noise report"),
+    },
+    tables={"runs": Result, "noise": Noise, "answers": Answer},
+    cases=cases,
+    measure=sweep,
+    draw=draw,
+    report=report,
+    ranks=8,
+)
 
 if __name__ == "__main__":
-    main()
+    experiment.main(EXPERIMENT)

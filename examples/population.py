@@ -20,13 +20,15 @@ takes 10 seeds and 100 steps.
 import argparse
 import copy
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import experiment
 import pictures
 import torch.distributed as dist
-from digits import Digits, Run, build_mlp, load_data, test_accuracy, train
+from digits import build_mlp, load_data, test_accuracy
+from training import Data, Run, train
 
 import syncbn
 
@@ -51,7 +53,7 @@ class Result:
     offset_2: float
 
 
-def evaluate(run: Run, data: Digits, steps: int) -> Result:
+def evaluate(run: Run, data: Data, steps: int) -> Result:
     """Evaluate a copy of the run's network with either statistics; all ranks take part."""
     model = copy.deepcopy(run.model)
     running = test_accuracy(model, data)
@@ -67,7 +69,14 @@ def evaluate(run: Run, data: Digits, steps: int) -> Result:
     return Result(dist.get_world_size(), run.seed, steps, running, test_accuracy(model, data), *offsets)
 
 
-def measure(args: argparse.Namespace) -> list[Result]:
+def cases(args: argparse.Namespace) -> list[tuple[()]]:
+    """Return the only case; stop where there is nothing to train."""
+    if min(args.steps) < 1:
+        sys.exit(f"--steps {min(args.steps)}: evaluate after 1 step or later")
+    return [()]
+
+
+def measure(args: argparse.Namespace, case: tuple[()]) -> list[Result]:
     """Train all seeds side by side, and evaluate them after each of `args.steps` steps."""
     data = load_data()
     in_epoch = len(data.train_x) // TOTAL_BATCH
@@ -120,30 +129,24 @@ def draw(folder: Path) -> None:
         axes[1].set_ylabel("offset of the running mean\n(population standard deviations)")
 
 
-def report(args: argparse.Namespace, results: list[Result]) -> None:
-    """Print the table, and write the CSV and the picture."""
-    experiment.write_csv(results, args.out / "runs.csv")
-    draw(args.out)
-    print(format_table(results, args.steps))
+def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
+    """Print the table."""
+    print(format_table(tables["runs"], sorted(set(args.steps))))
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = experiment.options("Population statistics against running averages.", seeds=3)
-    experiment.add_option(parser, "steps", [5, 10, 15, 50], "evaluate after")
-    experiment.add_option(parser, "lr", 0.8, "peak rate, reached after 50 steps")
-    steps = [2, 5, 10, 15, 20, 30, 50, 100]
-    args = experiment.parse(parser, f"10 seeds, steps {' '.join(map(str, steps))}", {"steps": steps, "seeds": 10})
-    args.steps = sorted(set(args.steps))
-    if args.steps[0] < 1:
-        parser.error(f"--steps {args.steps[0]}: evaluate after 1 step or later")
-    return args
-
-
-def main() -> None:
-    """Run the experiment on the ranks that the launcher started; rank 0 reports."""
-    experiment.run(parse_arguments(), measure, report)
-
+EXPERIMENT = experiment.Experiment(
+    about="Population statistics against running averages.",
+    options={
+        "seeds": (3, 10),
+        "steps": ([5, 10, 15, 50], [2, 5, 10, 15, 20, 30, 50, 100], "evaluate after"),
+        "lr": (0.8, 0.8, "peak rate, reached after 50 steps"),
+    },
+    tables={"runs": Result},
+    cases=cases,
+    measure=measure,
+    draw=draw,
+    report=report,
+)
 
 if __name__ == "__main__":
-    main()
+    experiment.main(EXPERIMENT)

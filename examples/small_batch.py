@@ -19,14 +19,14 @@ seeds, 12 epochs) is a short form; ``--full`` takes 2, 4, 8 and 16 samples, 5 se
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
+from typing import Any
 
 import experiment
 import pictures
 import torch.distributed as dist
-from digits import load_data, mlps, sweep, test_accuracy
-from tqdm import tqdm
+from digits import load_data, mlps, test_accuracy
+from training import train_side_by_side
 
 LABELS = pictures.labels("local", "sync", "group")
 
@@ -45,36 +45,34 @@ class Result:
     train_loss: float
 
 
-def measure(args: argparse.Namespace) -> list[Result]:
-    """Run the experiment for each number of samples per device. All ranks return the same training losses.
+def measure(args: argparse.Namespace, case: tuple[int]) -> list[Result]:
+    """Train all networks at one number of samples per device. All ranks return the same training losses.
 
     Ranks with local statistics have running statistics of their own; rank 0's count, as in a DDP checkpoint.
     """
-    data, world, is_first = load_data(), dist.get_world_size(), dist.get_rank() == 0
-    if is_first:
+    (samples,), data, world, is_first = case, load_data(), dist.get_world_size(), dist.get_rank() == 0
+    if is_first and samples == args.samples[0]:
         print(
             f"{world} ranks learn {len(data.train_x)} handwritten digits, {len(LABELS) * args.seeds} networks side by "
             f"side, with {', '.join(map(str, args.samples))} samples on each rank in turn",
             flush=True,
         )
-    results: list[Result] = []
-    for samples, runs in sweep(args, data, mlps(LABELS), args.lr):
-        results += [
-            Result(
-                run.norm,
-                samples,
-                world,
-                run.seed,
-                args.epochs,
-                len(run.losses),
-                test_accuracy(run.model, data),
-                run.epoch_losses(args.epochs)[-1],
-            )
-            for run in runs
-        ]
-        if is_first:
-            means = [f"{label} {accuracy(results, norm, samples):.1f} %" for norm, label in LABELS.items()]
-            tqdm.write(f"{samples} samples per device, test accuracy: {', '.join(means)}")
+    results = [
+        Result(
+            run.norm,
+            samples,
+            world,
+            run.seed,
+            args.epochs,
+            len(run.losses),
+            test_accuracy(run.model, data),
+            run.epoch_losses(args.epochs)[-1],
+        )
+        for run in train_side_by_side(mlps(LABELS), range(args.seeds), data, samples, args.epochs, args.lr)
+    ]
+    if is_first:
+        means = [f"{label} {accuracy(results, norm, samples):.1f} %" for norm, label in LABELS.items()]
+        print(f"{samples} samples per device, test accuracy: {', '.join(means)}", flush=True)
     return results
 
 
@@ -100,10 +98,9 @@ def draw(folder: Path) -> None:
         pictures.legend_below(axes)
 
 
-def report(args: argparse.Namespace, results: list[Result]) -> None:
-    """Print the table and what it shows, and write the CSV and the picture."""
-    experiment.write_csv(results, args.out / "runs.csv")
-    draw(args.out)
+def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
+    """Print the table and what it shows."""
+    results: list[Result] = tables["runs"]
     print(experiment.accuracy_and_loss(results, LABELS, args.samples))
     least, most = min(args.samples), max(args.samples)
     local, sync, at_most = (
@@ -113,25 +110,7 @@ def report(args: argparse.Namespace, results: list[Result]) -> None:
         f"SyncBN at {least} samples per device: {sync - local:+.1f} points against local BN, "
         f"{sync - at_most:+.1f} points against itself at {most}."
     )
-
-
-def main() -> None:
-    """Run the sweep on the ranks that the launcher started; rank 0 reports."""
-    parser = experiment.options(
-        "Local BN, SyncBN and GN at few samples per device.", samples=[2, 4, 16], seeds=2, epochs=12, lr=0.1
-    )
-    full = {"samples": [2, 4, 8, 16], "seeds": 5, "epochs": 15}
-    args = experiment.parse(parser, "the full sweep: samples 2 4 8 16, 5 seeds, 15 epochs", full)
-    results = experiment.run(args, measure, report)
-    if os.environ["RANK"] == "0":
-        print(last_line(args, results))
-
-
-def last_line(args: argparse.Namespace, results: list[Result]) -> str:
-    """What was seen, in words, and what to do next."""
-    least = min(args.samples)
-    local, sync = (accuracy(results, norm, least) for norm in ("local", "sync"))
-    return (
+    print(
         f"Seen: with {least} samples on a device, batch norm over its own samples reaches {local:.1f} %, over those of "
         f"all ranks {sync:.1f} %. Next: look at {args.out / 'small_batch.png'}, then convert a model of yours as "
         "examples/train.py does, model = syncbn.convert_sync_batchnorm(model), and start it with: "
@@ -139,5 +118,15 @@ def last_line(args: argparse.Namespace, results: list[Result]) -> str:
     )
 
 
+EXPERIMENT = experiment.Experiment(
+    about="Local BN, SyncBN and GN at few samples per device.",
+    options={"samples": ([2, 4, 16], [2, 4, 8, 16]), "seeds": (2, 5), "epochs": (12, 15), "lr": (0.1, 0.1)},
+    tables={"runs": Result},
+    cases=experiment.each_size,
+    measure=measure,
+    draw=draw,
+    report=report,
+)
+
 if __name__ == "__main__":
-    main()
+    experiment.main(EXPERIMENT)

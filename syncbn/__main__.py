@@ -1,4 +1,4 @@
-"""The command line: ``syncbn launch``, ``doctor``, ``recipes`` and ``version``; also ``python -m syncbn``."""
+"""The command line: ``syncbn launch``, ``doctor``, ``noise``, ``recipes`` and ``version``; also ``python -m syncbn``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from syncbn import _recipes, _version, launch
 from syncbn._doctor import examination
+from syncbn.diagnostics import command as noise
 
 _VARIABLES = """environment variables:
   SYNCBN_CHECKS=on|off|sync    whether ranks compare what they are about to exchange (default: on)
@@ -30,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments of the command line, those of this process by default.
 
     Returns:
-        The exit code: 0; 1 if the doctor found something that does not work, 2 if there are no recipes or their folder
-        exists. ``launch`` does not return.
+        The exit code: 0; 1 if the doctor found something that does not work, 2 if there is nothing to measure, or there
+        are no recipes or their folder exists. ``launch`` does not return.
 
     Raises:
         SystemExit: code 2 for wrong arguments, 0 after a help text.
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "doctor":
         return examination.run(options)
+    if options.command == "noise":
+        return noise.run(options)
     if options.command == "recipes":
         return _show_recipes(options.folder)
     if options.command == "version":
@@ -83,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--verbose", action="store_true", help="print what the processes of a part that failed wrote")
     commands.add_parser("launch", help="start one process per rank, as syncbn-launch does (launch --help for more)")
+    about = f"{noise.ABOUT.capitalize()}. Exit code 0: measured; 2: there is nothing to measure."
+    noise.add_arguments(commands.add_parser("noise", help=noise.ABOUT, description=about, allow_abbrev=False))
     text = "say where the recipes for torchrun, MPI, Slurm and Kubernetes are, or copy them"
     recipes = commands.add_parser("recipes", help=text, description=f"{text.capitalize()}.", allow_abbrev=False)
     recipes.add_argument("folder", nargs="?", type=Path, help="a new folder, to which they are copied")

@@ -98,7 +98,7 @@ def check_command(words: list[str]) -> None:
     program, *rest = words
     assert program in COMMANDS or (ROOT / program).is_file(), words
     if program == "syncbn":
-        assert rest[0] in ("launch", "doctor", "recipes", "version"), words
+        assert rest[0] in ("launch", "doctor", "noise", "recipes", "version"), words
     if program == "make":
         makefile = (ROOT / "Makefile").read_text()
         targets = [word for word in rest if "=" not in word]

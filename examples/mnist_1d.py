@@ -1,0 +1,85 @@
+"""MNIST-1D with 1 to 16 signals a device: a second classification task, and a convolutional network.
+
+Three networks that differ only in their normalization learn the signals (`signals.py`) on real ranks: ``local`` batch
+norm, ``sync`` (`syncbn.SyncBatchNorm` over all ranks), and ``group`` normalization with 8 groups. The layers see 20, 10
+and 5 positions of each signal. The learning rate scales linearly with the total batch, all else is fixed. ::
+
+    python -m syncbn.launch -n 4 examples/mnist_1d.py
+
+It prints a table and writes ``runs.csv`` (one line per run) and ``mnist_1d.png`` into the folder given by ``--out``.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import experiment
+import pictures
+import torch.distributed as dist
+from signals import accuracies, build_convs, load_signals
+from training import Run, train_stacked
+
+LABELS = pictures.labels("local", "sync", "group")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One line of the CSV: `test_accuracy` in percent, `train_loss` as the mean over last epoch and ranks."""
+
+    norm: str
+    samples_per_device: int
+    ranks: int
+    seed: int
+    epochs: int
+    test_accuracy: float
+    train_loss: float
+
+
+def measure(args: argparse.Namespace, case: tuple[int]) -> list[Result]:
+    """Train all networks at one number of samples per device. Rank 0's count, as in a DDP checkpoint."""
+    (samples,), data, seeds, world = case, load_signals(), range(args.seeds), dist.get_world_size()
+    runs = [Run(norm, 0, build_convs(norm, seeds), args.lr * samples * world / 32) for norm in LABELS]
+    losses = train_stacked(runs, data, seeds, samples * world, args.epochs)
+    return [
+        Result(run.norm, samples, world, seed, args.epochs, accuracy, loss)
+        for run, by_epoch in zip(runs, losses, strict=True)
+        for seed, accuracy, loss in zip(seeds, accuracies(run.model, data, args.seeds), by_epoch[-1], strict=True)
+    ]
+
+
+def draw(folder: Path) -> None:
+    """Draw test accuracy and train loss against signals per device, with error bars over seeds, from the CSV."""
+    results = experiment.read_csv(folder / "runs.csv", Result)
+    first, samples = results[0], sorted({result.samples_per_device for result in results})
+    title = f"MNIST-1D, {first.ranks} ranks, {first.epochs} epochs: {experiment.spread(results)}"
+    panels = [("test_accuracy", "test accuracy (%)"), ("train_loss", "train loss, last epoch (nats)")]
+    with pictures.figure(folder / "mnist_1d.png", title) as axes:
+        for axis, (field, label) in zip(axes, panels, strict=True):
+            for norm in LABELS:
+                means, stds = experiment.curves(results, field, "samples_per_device", samples, norm=norm)
+                axis.errorbar(samples, means, stds, **pictures.look(norm))
+            pictures.powers_of_two(axis, samples, "samples per device")
+            axis.set_ylabel(label)
+        axes[1].set_yscale("log")
+        pictures.legend_below(axes)
+
+
+def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
+    """Print the table."""
+    print(experiment.accuracy_and_loss(tables["runs"], LABELS, args.samples))
+
+
+EXPERIMENT = experiment.Experiment(
+    about="Local BN, SyncBN and GN in a convolutional network at 1 to 16 signals per device.",
+    options={"samples": ([2, 16], [1, 2, 4, 8, 16]), "seeds": (2, 5), "epochs": (4, 8), "lr": (0.1, 0.1)},
+    tables={"runs": Result},
+    cases=experiment.each_size,
+    measure=measure,
+    draw=draw,
+    report=report,
+    least_samples=1,
+)
+
+if __name__ == "__main__":
+    experiment.main(EXPERIMENT)
