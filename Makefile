@@ -17,6 +17,7 @@ OUT ?= out
 BENCHMARK_TYPES := --no-warn-unused-ignores $(addprefix --disable-error-code=,arg-type union-attr operator misc call-overload import-not-found import-untyped)
 PINS := --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --strip-extras \
     --custom-compile-command "make pins"
+FORM ?= --full
 
 # Ranks share the machine: several threads in each of them only get in each other's way.
 export OMP_NUM_THREADS ?= 1
@@ -121,14 +122,18 @@ bench: $(STAMP) ## all benchmarks on 2 ranks, gloo and MPI, into OUT/benchmarks 
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/scaling.py
 
+# FORM= gives the short form of each, about two minutes, into out. One that was interrupted goes on where it was.
 experiments: $(STAMP) ## all experiments in full, into examples/results (about an hour on 2 cores)
-	$(BIN)/python -m syncbn.launch -n 4 examples/small_batch.py --full --out examples/results/small_batch
-	$(BIN)/python -m syncbn.launch -n 4 examples/population.py --full --out examples/results/population
-	$(BIN)/python -m syncbn.launch -n 8 examples/group_size.py --full --out examples/results/group_size
-	$(BIN)/python -m syncbn.launch -n 4 examples/discrepancy.py --full --out examples/results/discrepancy
-	$(BIN)/python -m syncbn.launch -n 4 examples/batch_renorm.py --full --out examples/results/batch_renorm
-	$(BIN)/python -m syncbn.launch -n 4 examples/claims.py --full --out examples/results/claims
-	$(BIN)/python -m syncbn.launch -n 4 examples/equivalence.py --out examples/results/equivalence
+	$(BIN)/python -m syncbn.launch -n 4 examples/small_batch.py $(FORM)
+	$(BIN)/python -m syncbn.launch -n 4 examples/segmentation.py $(FORM)
+	$(BIN)/python -m syncbn.launch -n 4 examples/mnist_1d.py $(FORM)
+	$(BIN)/python -m syncbn.launch -n 4 examples/population.py $(FORM)
+	$(BIN)/python -m syncbn.launch -n 8 examples/group_size.py $(FORM)
+	$(BIN)/python -m syncbn.launch -n 8 examples/advice.py $(FORM)
+	$(BIN)/python -m syncbn.launch -n 4 examples/discrepancy.py $(FORM)
+	$(BIN)/python -m syncbn.launch -n 4 examples/batch_renorm.py $(FORM)
+	$(BIN)/python -m syncbn.launch -n 4 examples/claims.py $(FORM)
+	$(BIN)/python -m syncbn.launch -n 4 examples/equivalence.py $(FORM)
 
 pictures: $(STAMP) ## draw the pictures of results again, from their CSVs
 	$(BIN)/python examples/redraw.py

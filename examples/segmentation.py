@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from scenes import CLASSES, SIZE, build_unet, load_scenes, mean_iou, predicted
 from torch import Tensor
-from training import Run, batches, freeze, normalization, train_side_by_side
+from training import Data, Run, batches, freeze, normalization, train_side_by_side
 
 from syncbn.diagnostics import measure_noise
 
@@ -100,9 +100,8 @@ def freeze_after_pretraining(runs: list[Run], progress: float) -> None:
             freeze(run.model)
 
 
-def noise_of(model: Any, samples: int, when: str) -> Iterator[Noise]:
+def noise_of(model: Any, data: Data, samples: int, when: str) -> Iterator[Noise]:
     """Yield the lines of the noise report of a network in training."""
-    data = load_scenes()
     inputs = [data.train_x[mine] for mine in batches(len(data.train_x), samples * dist.get_world_size(), 0, 0)]
     report = measure_noise(model.train(), inputs[:64], [1, 2, 4, 8])
     return (Noise(samples, when, r.layer, r.values, r.group_size, r.noise, r.noise_error) for r in report.rows)
@@ -111,10 +110,10 @@ def noise_of(model: Any, samples: int, when: str) -> Iterator[Noise]:
 def measure(args: argparse.Namespace, case: tuple[int, int]) -> Iterator[Any]:
     """Train all networks of a seed side by side; yields rows. Rank 0's network counts, as in a DDP checkpoint."""
     samples, seed = case
-    data = load_scenes()
+    data = load_scenes(args.scenes)
     networks = {norm: functools.partial(build_unet, normalization(norm)) for norm in LABELS}
     if seed == 0:
-        yield from noise_of(build_unet(normalization("sync"), 0), samples, "start")
+        yield from noise_of(build_unet(normalization("sync"), 0), data, samples, "start")
     runs = train_side_by_side(networks, [seed], data, samples, args.epochs, args.lr, freeze_after_pretraining)
     for run in runs:
         losses, guesses = run.epoch_losses(args.epochs), predicted(run.model, data.test_x)
@@ -125,7 +124,7 @@ def measure(args: argparse.Namespace, case: tuple[int, int]) -> Iterator[Any]:
         if seed == 0 and samples == min(args.samples):
             yield from (Prediction(run.norm, i, letters(guesses[i])) for i in range(SHOWN))
         if seed == 0 and run.norm == "sync":
-            yield from noise_of(run.model, samples, "end")
+            yield from noise_of(run.model, data, samples, "end")
 
 
 def letters(classes: Tensor) -> str:
@@ -248,7 +247,13 @@ def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
 
 EXPERIMENT = experiment.Experiment(
     about="Local BN, SyncBN, GN and frozen statistics in a U-Net with one or two images per device.",
-    options={"samples": ([1], [1, 2]), "seeds": (1, 3), "epochs": (5, 6), "lr": (0.4, 0.4)},
+    options={
+        "samples": ([1], [1, 2]),
+        "seeds": (1, 3),
+        "epochs": (5, 6),
+        "lr": (0.4, 0.4),
+        "scenes": (768, 768, "to train with"),
+    },
     tables={"runs": Result, "curves": Point, "noise": Noise, "predictions": Prediction},
     cases=cases,
     measure=measure,

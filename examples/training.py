@@ -83,10 +83,8 @@ def normalization(norm: str) -> Callable[[int], nn.Module]:
     The names are those of `pictures.METHODS`, and ``"sync 2"`` for synchronization over groups of two ranks.
     ``"frozen"`` is synchronized until `freeze` is called.
     """
-    size = {"half": max(dist.get_world_size() // 2, 1)}.get(norm)
-    if norm.startswith("sync "):
-        size = int(norm.removeprefix("sync "))
-    if size is not None:
+    if norm == "half" or norm.startswith("sync "):
+        size = max(dist.get_world_size() // 2, 1) if norm == "half" else int(norm.removeprefix("sync "))
         return functools.partial(syncbn.SyncBatchNorm, process_group=groups_of(size))
     layers: dict[str, Callable[[int], nn.Module]] = {
         "local": BatchNorm,

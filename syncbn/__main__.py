@@ -1,4 +1,4 @@
-"""The command line: ``syncbn launch``, ``doctor``, ``noise``, ``recipes`` and ``version``; also ``python -m syncbn``."""
+"""The command line: ``syncbn launch``, ``doctor``, ``noise``, ``recipes``, ``version``; also ``python -m syncbn``."""
 
 from __future__ import annotations
 

@@ -39,8 +39,127 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     import batch_renorm
     import digits
     import equivalence
+    import scenes
 
-    return {"digits": digits, "equivalence": equivalence, "batch_renorm": batch_renorm}
+    return {"digits": digits, "equivalence": equivalence, "batch_renorm": batch_renorm, "scenes": scenes}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Return the lines of a CSV."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+INTERRUPTED = """
+import dataclasses, pathlib, sys
+import experiment
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    case: int
+    good: bool
+    value: float
+
+def measure(args, case):
+    if case == (1,) and not args.out.joinpath("again").exists():
+        sys.exit("stopped")
+    args.out.joinpath("measured").open("a").write(f"{case[0]} ")
+    return [Row(case[0], case[0] > 0, 0.5)]
+
+experiment.main(experiment.Experiment(
+    about="", options={"sizes": ([1], [2], "of something")}, tables={"rows": Row},
+    cases=lambda args: [(0,), (1,), (2,)], measure=measure, draw=lambda folder: folder.joinpath("drawn").touch(), report=lambda args, tables: 0))
+"""
+
+
+@pytest.mark.integration
+def test_an_interrupted_experiment_goes_on(tmp_path: Path) -> None:
+    """Cases that are done are not repeated, and a journal of other options is not mixed up with these."""
+    script, out = tmp_path / "interrupted.py", tmp_path / "out"
+    script.write_text(f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n{INTERRUPTED}")
+    assert commands.launch(1, script, "--out", out).returncode != 0
+    assert not (out / "rows.csv").exists()
+    other = commands.launch(1, script, "--sizes", "3", "--out", out)
+    assert other.returncode != 0 and "is of a run with other options" in other.stderr
+    (out / "again").touch()
+    must(commands.launch(1, script, "--out", out))
+    assert (out / "measured").read_text() == "0 1 2 " and (out / "drawn").exists()
+    assert [(row["case"], row["good"]) for row in rows_of(out / "rows.csv")] == [
+        ("0", "False"),
+        ("1", "True"),
+        ("2", "True"),
+    ]
+    assert not (out / "unfinished.jsonl").exists() and '"ranks": 1' in (out / "run.json").read_text()
+
+
+def test_scenes_are_fixed_by_their_seed(modules: dict[str, ModuleType]) -> None:
+    scenes, data = modules["scenes"], modules["digits"].load_data()
+    one, labels = scenes.compose(data.train_x, data.train_y, 40, seed=3)
+    again, _ = scenes.compose(data.train_x, data.train_y, 40, seed=3)
+    other, _ = scenes.compose(data.train_x, data.train_y, 40, seed=4)
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert one.shape == (40, 1, scenes.SIZE, scenes.SIZE) and labels.unique().tolist() == list(range(scenes.CLASSES))
+    assert 0.6 < (labels == 0).double().mean() < 0.95
+    # Each scene has an exposure of its own: their means spread, and brighter pixels are digits' ones.
+    assert one.mean((1, 2, 3)).std() > 0.2
+    assert all(x[0][y > 0].mean() > x[0][y == 0].mean() for x, y in zip(one, labels, strict=True) if (y > 0).sum() > 20)
+
+
+def test_mean_iou_counts_classes_alike(modules: dict[str, ModuleType]) -> None:
+    mean_iou = modules["scenes"].mean_iou
+    labels = torch.tensor([0, 0, 0, 0, 1, 2, 3, 4])
+    assert mean_iou(labels, labels) == 100.0
+    guesses = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4])  # 3/4 of class 0, 1/2 of class 1, all of the others
+    assert mean_iou(labels, guesses) == pytest.approx(100 * (0.75 + 0.5 + 3) / 5)
+
+
+@pytest.mark.integration
+def test_segmentation_in_small(tmp_path: Path) -> None:
+    """All methods train and are drawn; 1024 positions of one image are by far not 1024 independent values."""
+    options = ("--scenes", "32", "--epochs", "2", "--out", tmp_path)
+    assert "| 1 | frozen statistics |" in launch(2, "segmentation.py", *options)
+    runs = {row["norm"]: row for row in rows_of(tmp_path / "runs.csv")}
+    assert set(runs) == {"local", "half", "sync", "group", "frozen"}
+    assert all(0 < float(row["train_loss"]) < 1.5 and row["steps"] == "32" for row in runs.values())
+    assert runs["half"]["train_loss"] == runs["local"]["train_loss"] != runs["sync"]["train_loss"]
+    first = next(row for row in rows_of(tmp_path / "noise.csv") if row["group_size"] == "1")
+    assert first["values"] == "1024.0" and float(first["noise"]) > 10 / 1024**0.5
+    pictures = ("segmentation.png", "noise.png", "predictions.png")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+@pytest.mark.integration
+def test_signals_in_small(tmp_path: Path) -> None:
+    pytest.importorskip("mnist1d", reason="mnist1d is not installed (extra: examples)")
+    options = ("--samples", "16", "--seeds", "2", "--epochs", "2", "--out", tmp_path)
+    assert "| 16 |" in launch(2, "mnist_1d.py", *options)
+    accuracy = {(row["norm"], row["seed"]): float(row["test_accuracy"]) for row in rows_of(tmp_path / "runs.csv")}
+    assert len(accuracy) == 6 and all(value > 30 for value in accuracy.values()), accuracy
+    assert (tmp_path / "mnist_1d.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.integration
+def test_advice_in_small(tmp_path: Path) -> None:
+    pytest.importorskip("mnist1d", reason="mnist1d is not installed (extra: examples)")
+    options = ("--cases", "signals:8", "--seeds", "1", "--epochs", "1", "--out", tmp_path)
+    assert "| signals | 8 | after |" in launch(2, "advice.py", *options)
+    assert {row["group_size"] for row in rows_of(tmp_path / "runs.csv")} == {"1", "2"}
+    for row in rows_of(tmp_path / "answers.csv"):
+        assert float(row["noise_8"]) < float(row["noise_1"]), row
+
+
+def test_stacked_networks_are_those_of_their_seeds(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the network of seed 1 gives does not depend on which others are stacked beside it."""
+    pytest.importorskip("mnist1d", reason="mnist1d is not installed (extra: examples)")
+    import signals
+
+    x = torch.randn(4, 1, 40, generator=torch.Generator().manual_seed(0))
+    for norm in ("none", "group", "sync"):
+        alone, stacked = signals.build_convs(norm, range(1, 2)), signals.build_convs(norm, range(3))
+        expected = alone(x)[:, :, 0]
+        torch.testing.assert_close(stacked(x.expand(-1, 3, -1))[:, :, 1], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.integration
@@ -107,7 +226,7 @@ def test_every_result_is_shown_and_repeatable() -> None:
     results = EXAMPLES / "results"
     shown = set(re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (results / "README.md").read_text()))
     assert shown == {str(path.relative_to(results)) for path in results.glob("*/*.png")}
-    made = set(re.findall(r"--out examples/results/(\w+)", (ROOT / "Makefile").read_text()))
+    made = set(re.findall(r"examples/(\w+)\.py \$\(FORM\)", (ROOT / "Makefile").read_text()))
     assert made == {path.name for path in results.iterdir() if path.is_dir()}
 
 
