@@ -60,7 +60,7 @@ class StackedConvs(nn.Module):
             chance = torch.Generator().manual_seed(seed)
             for layer in convolutions:
                 bound = (layer.weight.shape[1] * layer.weight.shape[2]) ** -0.5
-                for parameter in filter(None, (layer.weight, layer.bias)):
+                for parameter in layer.parameters():
                     own = parameter.data.view(self.seeds, -1, *parameter.shape[1:])[i]
                     own.copy_(bound * (2 * torch.rand(own.shape, generator=chance) - 1))
 

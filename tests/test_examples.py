@@ -68,7 +68,8 @@ def measure(args, case):
 
 experiment.main(experiment.Experiment(
     about="", options={"sizes": ([1], [2], "of something")}, tables={"rows": Row},
-    cases=lambda args: [(0,), (1,), (2,)], measure=measure, draw=lambda folder: folder.joinpath("drawn").touch(), report=lambda args, tables: 0))
+    cases=lambda args: [(0,), (1,), (2,)], measure=measure,
+    draw=lambda folder: folder.joinpath("drawn").touch(), report=lambda args, tables: 0))
 """
 
 
