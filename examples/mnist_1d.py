@@ -72,7 +72,7 @@ def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
 
 EXPERIMENT = experiment.Experiment(
     about="Local BN, SyncBN and GN in a convolutional network at 1 to 16 signals per device.",
-    options={"samples": ([2, 16], [1, 2, 4, 8, 16]), "seeds": (2, 5), "epochs": (4, 8), "lr": (0.1, 0.1)},
+    options={"samples": ([2, 16], [1, 2, 4, 8, 16]), "seeds": (2, 3), "epochs": (2, 3), "lr": (0.1, 0.1)},
     tables={"runs": Result},
     cases=experiment.each_size,
     measure=measure,
