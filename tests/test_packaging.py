@@ -35,8 +35,8 @@ def name_of(requirement: str) -> str:
 
 
 def version_of(text: str) -> tuple[int, ...]:
-    """Return the numbers of a plain version."""
-    return tuple(int(part) for part in text.split("."))
+    """Return the numbers of a plain version, or of one with a post-release."""
+    return tuple(int(part) for part in text.replace(".post", ".").split("."))
 
 
 def requirements() -> list[str]:
@@ -63,7 +63,7 @@ def test_requirement_is_pinned_within_its_bound(requirement: str) -> None:
 def test_pins_are_plain_versions_by_the_tool() -> None:
     assert CONSTRAINTS["torch"] == pins("constraints.in")["torch"] == "2.13.0"
     for found in (CONSTRAINTS, OLDEST):
-        assert all(re.fullmatch(r"[0-9]+(\.[0-9]+)*(b[0-9]+)?", version) for version in found.values())
+        assert all(re.fullmatch(r"[0-9]+(\.[0-9]+)*(b[0-9]+|\.post[0-9]+)?", version) for version in found.values())
     for name in ("constraints.txt", "constraints-oldest.txt"):
         assert (ROOT / name).read_text().splitlines()[1] == "#    make pins"
 
