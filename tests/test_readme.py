@@ -33,3 +33,19 @@ def test_the_table_is_that_of_the_runs() -> None:
                 ]
                 cells.append(f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}")
         assert f"| {samples} | " + " | ".join(cells) + " |" in README
+
+
+def test_the_table_of_segmentation_is_that_of_the_runs() -> None:
+    """The same cells are in the README and on the page of results."""
+    with (ROOT / "examples" / "results" / "segmentation" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    results = (ROOT / "examples" / "results" / "README.md").read_text()
+    for samples in ("1", "2"):
+        cells = []
+        for norm in ("local", "half", "sync", "group", "frozen"):
+            values = [
+                float(row["mean_iou"]) for row in rows if (row["norm"], row["samples_per_device"]) == (norm, samples)
+            ]
+            cells.append(f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}")
+        assert f"| {samples}: test mean IoU % | " + " | ".join(cells) + " |" in README
+        assert f"| {samples} | " + " | ".join(cells) + " |" in results
