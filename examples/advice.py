@@ -6,9 +6,10 @@ network that is not trained. Does the recommended group reach full synchronizati
 
     python -m syncbn.launch -n 8 examples/advice.py
 
-Tasks: ``scenes`` (segmentation, a U-Net: mean IoU) and ``signals`` (MNIST-1D, a convolutional network: accuracy), each
-with its number of samples per device. (`group_size.py` has the multilayer perceptrons.) It prints a table and writes
-``runs.csv``, ``answers.csv`` and ``advice.png`` into the folder given by ``--out``.
+Tasks: ``scenes`` (segmentation, a U-Net: mean IoU; one seed, as `segmentation.py` has more) and ``signals`` (MNIST-1D,
+a convolutional network: accuracy), each with its number of samples per device. (`group_size.py` has the multilayer
+perceptrons.) It prints a table and writes ``runs.csv``, ``answers.csv`` and ``advice.png`` into the folder given by
+``--out``.
 """
 
 import argparse
@@ -74,13 +75,12 @@ def group_sizes() -> list[int]:
 
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
-    """Yield each task with its samples per device and a seed; signals have those of all seeds side by side."""
+    """Yield each task with its samples per device, and a seed; signals have `args.seeds` networks side by side."""
     for text in args.cases:
         task, _, samples = text.partition(":")
         if task not in TASKS or not samples.isdecimal() or int(samples) < 1:
             sys.exit(f"--cases {text}: give a task ({', '.join(TASKS)}), a colon and samples per device")
-        for seed in range(args.seeds if task == "scenes" else 1):
-            yield task, int(samples), seed
+        yield task, int(samples), 0
 
 
 def answer(task: str, samples: int, when: str, model: nn.Module, inputs: list[Tensor], alone: bool) -> Answer:
@@ -161,7 +161,7 @@ def draw(folder: Path) -> None:
     results = experiment.read_csv(folder / "runs.csv", Result)
     answers = [a for a in experiment.read_csv(folder / "answers.csv", Answer) if a.when == "after"]
     sizes = sorted({result.group_size for result in results})
-    title = f"Group sizes on other tasks, {results[0].ranks} ranks: {experiment.spread(results)}"
+    title = f"Group sizes on other tasks, {results[0].ranks} ranks: mean ± standard deviation over seeds (scenes: one)"
     with pictures.figure(folder / "advice.png", title) as (left, right):
         for i, each in enumerate(answers):
             look = pictures.other(i, len(answers), f"{each.task}, {each.samples_per_device} per device")
