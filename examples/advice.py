@@ -7,9 +7,9 @@ network that is not trained. Does the recommended group reach full synchronizati
     python -m syncbn.launch -n 8 examples/advice.py
 
 Tasks: ``signals`` (MNIST-1D, a convolutional network: accuracy) and, with ``--cases scenes:1``, ``scenes``
-(segmentation, a U-Net: mean IoU, one seed; `segmentation.py` has three, on 1, 2 and 4 ranks), each with its number of samples per
-device. `group_size.py` has the multilayer perceptrons. It prints a table and writes ``runs.csv``, ``answers.csv`` and
-``advice.png`` into the folder given by ``--out``.
+(segmentation, a U-Net: mean IoU, one seed; `segmentation.py` has three, on 1, 2 and 4 ranks), each with its number of
+samples per device. `group_size.py` has the multilayer perceptrons. It prints a table and writes ``runs.csv``,
+``answers.csv`` and ``advice.png`` into the folder given by ``--out``.
 """
 
 import argparse

@@ -6,6 +6,7 @@ Not a script: the experiments beside it import it.
 import argparse
 import csv
 import dataclasses
+import gc
 import json
 import os
 import shlex
@@ -88,7 +89,6 @@ def main(experiment: Experiment) -> None:
         rows = list(experiment.measure(args, case))
         if dist.get_rank() == 0:
             journal.add(case, time.monotonic() - start, rows)
-        dist.barrier()
     code = None
     if dist.get_rank() == 0:
         tables, seconds = journal.read()
@@ -101,6 +101,7 @@ def main(experiment: Experiment) -> None:
         journal.path.unlink()
         print(f"{seconds:.0f} s on {world} ranks; wrote CSV and PNG to {args.out}")
         code = experiment.report(args, tables)
+    gc.collect()  # nothing may hold on to the group when it goes
     dist.destroy_process_group()
     sys.exit(code)
 
