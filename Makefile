@@ -128,6 +128,7 @@ experiments: $(STAMP) ## all experiments in full, into examples/results (about a
 	$(BIN)/python -m syncbn.launch -n 4 examples/segmentation.py $(FORM)
 	$(BIN)/python -m syncbn.launch -n 4 examples/population.py $(FORM)
 	$(BIN)/python -m syncbn.launch -n 8 examples/group_size.py $(FORM)
+	$(BIN)/python -m syncbn.launch -n 8 examples/advice.py $(FORM)
 	$(BIN)/python -m syncbn.launch -n 4 examples/discrepancy.py $(FORM)
 	$(BIN)/python -m syncbn.launch -n 4 examples/batch_renorm.py $(FORM)
 	$(BIN)/python -m syncbn.launch -n 4 examples/claims.py $(FORM)

@@ -5,9 +5,7 @@ hold theirs side by side: convolutions work group by group, and batch norm treat
 training them one by one, with the messages of one.
 """
 
-import contextlib
 import functools
-import io
 import os
 import sys
 from collections.abc import Callable
@@ -17,13 +15,6 @@ import torch
 from torch import Tensor, nn
 from training import Data, normalization
 
-try:
-    with contextlib.redirect_stdout(io.StringIO()):
-        from mnist1d.data import get_dataset_args, make_dataset
-except ModuleNotFoundError as missing:
-    text = f"{Path(sys.argv[0]).name} needs {missing.name}, of the extra [examples]: pip install '.[examples]'"
-    sys.exit(text if os.environ.get("RANK", "0") == "0" else 0)  # said once, and a failure of the job
-
 WIDTH = 24  # channels of each layer
 CLASSES = 10
 
@@ -31,6 +22,11 @@ CLASSES = 10
 @functools.cache
 def load_signals() -> Data:
     """Return 5000 signals of 40 values in 10 classes, with the package's own options and seed; 80 % for training."""
+    try:
+        from mnist1d.data import get_dataset_args, make_dataset
+    except ModuleNotFoundError as missing:
+        text = f"{Path(sys.argv[0]).name} needs {missing.name}, of the extra [examples]: pip install '.[examples]'"
+        sys.exit(text if os.environ.get("RANK", "0") == "0" else 0)  # said once, and a failure of the job
     made = make_dataset(get_dataset_args())
     x, test_x = (torch.from_numpy(made[name]).float() for name in ("x", "x_test"))
     y, test_y = (torch.from_numpy(made[name]).long() for name in ("y", "y_test"))
