@@ -123,9 +123,10 @@ bench: $(STAMP) ## all benchmarks on 2 ranks, gloo and MPI, into OUT/benchmarks 
 	$(BIN)/python benchmarks/scaling.py
 
 # FORM= gives the short form of each, about two minutes, into out. One that was interrupted goes on where it was.
-experiments: $(STAMP) ## all experiments in full, into examples/results (about an hour on 2 cores)
+experiments: $(STAMP) ## all experiments in full, into examples/results (an hour and a half on 2 busy cores)
 	$(BIN)/python -m syncbn.launch -n 4 examples/small_batch.py $(FORM)
 	$(BIN)/python -m syncbn.launch -n 4 examples/segmentation.py $(FORM)
+	$(BIN)/python -m syncbn.launch -n 4 examples/mnist_1d.py $(FORM)
 	$(BIN)/python -m syncbn.launch -n 4 examples/population.py $(FORM)
 	$(BIN)/python -m syncbn.launch -n 8 examples/group_size.py $(FORM)
 	$(BIN)/python -m syncbn.launch -n 8 examples/advice.py $(FORM)
