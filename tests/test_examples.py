@@ -122,7 +122,8 @@ def test_segmentation_in_small(tmp_path: Path) -> None:
     runs = {row["norm"]: row for row in rows_of(tmp_path / "runs.csv")}
     assert set(runs) == {"local", "half", "sync", "group", "frozen"}
     assert all(0 < float(row["train_loss"]) < 1.5 and row["steps"] == "32" for row in runs.values())
-    assert runs["half"]["train_loss"] == runs["local"]["train_loss"] != runs["sync"]["train_loss"]
+    loss = {norm: float(row["train_loss"]) for norm, row in runs.items()}
+    assert loss["half"] == pytest.approx(loss["local"], rel=1e-4) != loss["sync"]  # half of two ranks is one
     first = next(row for row in rows_of(tmp_path / "noise.csv") if row["group_size"] == "1")
     assert first["values"] == "1024.0" and float(first["noise"]) > 10 / 1024**0.5
     pictures = ("segmentation.png", "noise.png", "predictions.png")
