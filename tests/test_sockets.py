@@ -858,6 +858,51 @@ def test_compiled_code_checks_what_it_is_given(ends: int, buffers: int) -> None:
             packets.add_rows(bytearray(32), start, step, count, ctypes.addressof(total), width)
 
 
+@pytest.mark.parametrize("how", ["compiled", "python", "poll"])
+def test_a_peer_that_sends_and_closes_while_it_is_looked_at(how: str) -> None:
+    """The kernel may say that it closed before it shows the packet. That is rare: one in some ten thousand."""
+    compiled = packets.swap
+    if how == "compiled" and compiled is None:
+        pytest.skip("the compiled part is not there")
+
+    def answer(theirs: socket.socket) -> None:
+        theirs.recv(64)
+        theirs.send(bytes(8))
+        theirs.send(b"f")
+        theirs.shutdown(socket.SHUT_RDWR)
+        theirs.close()
+
+    buffer = memoryview(bytearray(64))
+    for _ in range(3000):
+        mine, theirs = pair()
+        peer = threading.Thread(target=answer, args=(theirs,))
+        peer.start()
+        if how == "compiled":
+            assert compiled is not None
+            assert compiled(packets.pack([mine.fileno()]), memoryview(bytes(8)), [buffer], 10**9) is None
+        else:
+            mine.send(bytes(8))
+            if how == "python":
+                assert sockets._read_soon(mine.recv_into, buffer, 10**9) == 8
+            else:
+                rest = sockets._Rest((1,), [handshake.Connection(mine, LONGEST)], buffer[:0], [buffer], 0)
+                while (length := rest._get(0, [buffer])) < 0:
+                    pass
+                assert length == 8
+        peer.join()
+        mine.close()
+
+
+def test_an_end_is_believed_when_it_is_told_twice() -> None:
+    told = iter([0, 8, 0, 0])
+
+    def read(*_: Any) -> int:
+        return next(told)
+
+    assert sockets._read_soon(read, memoryview(bytearray(8)), 10**9) == 8
+    assert sockets._read_soon(read, memoryview(bytearray(8)), 0) == 0
+
+
 @needs_compiled
 def test_rows_are_added_in_order() -> None:
     assert packets.add_rows is not None

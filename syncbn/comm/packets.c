@@ -50,12 +50,21 @@ static int64_t now(void) {
     return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
 }
 
+/* Length of the next packet, 0 if the peer has closed, -1 with errno set.
+ *
+ * The kernel looks for a packet first, and then whether the peer has closed: one that sent its packet and closed in
+ * between seems to have sent nothing. So its end is believed when it is told twice. */
+static ssize_t receive(int end, const Py_buffer *buffer, int flags) {
+    ssize_t length = recv(end, buffer->buf, (size_t)buffer->len, flags | MSG_TRUNC);
+    return length != 0 ? length : recv(end, buffer->buf, (size_t)buffer->len, MSG_DONTWAIT | MSG_TRUNC);
+}
+
 /* Looks for so many nanoseconds whether a packet is there, and lets others have the core meanwhile; then sleeps. */
 static ssize_t read_soon(int end, const Py_buffer *buffer, int64_t looking, Ends *ends) {
     if (ends->pause == 0 && looking > 0) {
         int64_t const start = now();
         for (int64_t before = start, after; before - start < looking; before = after) {
-            ssize_t length = recv(end, buffer->buf, (size_t)buffer->len, MSG_DONTWAIT | MSG_TRUNC);
+            ssize_t length = receive(end, buffer, MSG_DONTWAIT);
             if (length >= 0 || (errno != EAGAIN && errno != EWOULDBLOCK)) {
                 if (before != start) ends->doubled = 0;
                 return length;
@@ -70,7 +79,7 @@ static ssize_t read_soon(int end, const Py_buffer *buffer, int64_t looking, Ends
             }
         }
     }
-    return recv(end, buffer->buf, (size_t)buffer->len, MSG_TRUNC);
+    return receive(end, buffer, 0);
 }
 
 static void send_all(Course *course, const Ends *ends, Py_ssize_t count, const Py_buffer *frame) {

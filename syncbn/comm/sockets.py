@@ -329,12 +329,21 @@ def _read_soon(read: Callable[..., int], buffer: memoryview, looking: int) -> in
     enough = time.monotonic_ns() + looking if looking else 0
     while looking and time.monotonic_ns() < enough:
         try:
-            return read(buffer, 0, _READ_NOW)
+            return read(buffer, 0, _READ_NOW) or _read_again(read, buffer)
         except BlockingIOError as error:
             if not is_of_kernel(error):
                 raise
             os.sched_yield()
-    return read(buffer, 0, _LENGTH)
+    return read(buffer, 0, _LENGTH) or _read_again(read, buffer)
+
+
+def _read_again(read: Callable[..., int], buffer: memoryview) -> int:
+    """Length of the next packet after the kernel said that the peer has closed.
+
+    It looks for a packet first, and then whether the peer has closed: one that sent its packet and closed in between
+    seems to have sent nothing. So its end is believed when it is told twice.
+    """
+    return read(buffer, 0, _READ_NOW)
 
 
 class _Rest:
@@ -440,10 +449,11 @@ class _Rest:
             self._take(place, length, rest)
 
     def _get(self, place: int, buffers: Sequence[memoryview | bytearray], flags: int = _READ_NOW) -> int:
-        """Length of the next packet from a peer; 0 if it closed, -1 if there is none yet."""
+        """Length of the next packet from a peer; 0 if it closed, which is told twice, -1 if there is none yet."""
+        read = self._ends[place].socket.recvmsg_into
         while True:
             try:
-                return self._ends[place].socket.recvmsg_into(buffers, 0, flags)[0]
+                return read(buffers, 0, flags)[0] or read(buffers, 0, flags)[0]  # as in _read_again
             except OSError as error:
                 if not is_of_kernel(error):
                     raise
