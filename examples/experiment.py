@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import pictures
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -261,6 +262,21 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table in Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def draw_by_samples(results: Sequence[Any], norms: Iterable[str], data: str, path: Path) -> None:
+    """Draw test accuracy and train loss of each norm against samples per device, with error bars over seeds."""
+    first, samples = results[0], sorted({result.samples_per_device for result in results})
+    panels = [("test_accuracy", "test accuracy (%)"), ("train_loss", "train loss, last epoch (nats)")]
+    with pictures.figure(path, f"{data}, {first.ranks} ranks, {first.epochs} epochs: {spread(results)}") as axes:
+        for axis, (field, label) in zip(axes, panels, strict=True):
+            for norm in norms:
+                means, stds = curves(results, field, "samples_per_device", samples, norm=norm)
+                axis.errorbar(samples, means, stds, **pictures.look(norm))
+            pictures.powers_of_two(axis, samples, "samples per device")
+            axis.set_ylabel(label)
+        axes[1].set_yscale("log")
+        pictures.legend_below(axes)
 
 
 def accuracy_and_loss(results: Sequence[Any], labels: Mapping[str, str], samples: Iterable[int]) -> str:

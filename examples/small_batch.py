@@ -84,18 +84,7 @@ def accuracy(results: list[Result], norm: str, samples: int) -> float:
 def draw(folder: Path) -> None:
     """Draw test accuracy and train loss against samples per device, with error bars over seeds, from the CSV."""
     results = experiment.read_csv(folder / "runs.csv", Result)
-    first, samples = results[0], sorted({result.samples_per_device for result in results})
-    title = f"Handwritten digits, {first.ranks} ranks, {first.epochs} epochs: {experiment.spread(results)}"
-    panels = [("test_accuracy", "test accuracy (%)"), ("train_loss", "train loss, last epoch (nats)")]
-    with pictures.figure(folder / "small_batch.png", title) as axes:
-        for axis, (field, label) in zip(axes, panels, strict=True):
-            for norm in LABELS:
-                means, stds = experiment.curves(results, field, "samples_per_device", samples, norm=norm)
-                axis.errorbar(samples, means, stds, **pictures.look(norm))
-            pictures.powers_of_two(axis, samples, "samples per device")
-            axis.set_ylabel(label)
-        axes[1].set_yscale("log")
-        pictures.legend_below(axes)
+    experiment.draw_by_samples(results, LABELS, "Handwritten digits", folder / "small_batch.png")
 
 
 def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
