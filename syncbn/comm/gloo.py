@@ -105,23 +105,25 @@ class Gloo:
 
     def missing(self) -> tuple[list[int], list[int]]:
         """After a failure: ranks to which the connection broke before their frame came or this rank's was taken, and
-        ranks that have not come over connections that are whole.
+        ranks that have not come over connections that are whole. One that has done its part may have left since.
         """
         broken, absent = [], []
         for peer, work in self._receives.items():
             if self.is_broken(peer):
-                if not _has_come(work):
+                if not _is_done(work):
                     broken.append(peer)
             else:
                 absent.append(peer)
-        broken += [peer for peer in self._sends if peer not in self._receives and self.is_broken(peer)]
+        for peer, work in self._sends.items():
+            if peer not in self._receives and self.is_broken(peer) and not _is_done(work):
+                broken.append(peer)
         if not broken:  # nothing is lost by waiting now
-            absent = [peer for peer in absent if not _has_come(self._receives[peer])]
+            absent = [peer for peer in absent if not _is_done(self._receives[peer])]
         return broken, absent
 
 
-def _has_come(receive: Any) -> bool:
-    """Whether the frame is there, of a receive whose connection is broken, or nobody needs any more."""
+def _is_done(work: Any) -> bool:
+    """Whether the frame has come, or was taken, over a connection that is broken, or that nobody needs any more."""
     with contextlib.suppress(RuntimeError):
-        return receive is not None and receive.wait(timedelta(seconds=_SOON))
+        return work is not None and work.wait(timedelta(seconds=_SOON))
     return False

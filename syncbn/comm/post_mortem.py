@@ -2,7 +2,7 @@
 
 A rank that loses an exchange leaves a note there: the ranks that are gone for sure, those whose connection broke, and
 those that did not come. Who left a note is not to blame: it hung up, or did not come, because it lost somebody itself,
-in this exchange or the one before.
+in this exchange or the one before. So notes are followed: one names a rank, whose note names another.
 """
 
 from __future__ import annotations
@@ -14,15 +14,11 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-SECONDS = 0.5
+SECONDS = 0.7
 """How long a rank takes at most, after a failure, to find out whose fault it is."""
 
-
 PATIENCE = 0.4
-"""How long it waits for notes that may be written yet."""
-
-_NOTE = 0.15
-"""Seconds that the note of a rank may take, after the connection to it broke."""
+"""How long it waits for notes that may be written yet, also of a rank that broke a connection just now."""
 
 
 class Note(NamedTuple):
@@ -71,20 +67,26 @@ def _read(store: Any, me: int, mine: Note, patience: float) -> list[int]:
     notes: dict[int, Note] = {}
     started = time.monotonic()
     while True:
-        for rank in {*mine.broken, *mine.absent} - set(notes):
+        for rank in _missed(mine, *notes.values()) - {me, *notes}:
             if store.check([_key(rank)]):
                 notes[rank] = Note(*json.loads(store.get(_key(rank))))
         here = {me, *notes}
         told = sorted({rank for note in notes.values() for rank in note.gone} - here)
-        silent = [rank for rank in mine.broken if rank not in notes]
-        if told or (silent and time.monotonic() > started + _NOTE):
-            return told or silent
+        if told:
+            return told
         if time.monotonic() > started + patience:
             break
         time.sleep(0.02)
-    silent = [rank for rank in mine.absent if rank not in notes]
-    told = sorted({rank for note in notes.values() for rank in (*note.broken, *note.absent)} - here)
-    return silent or told
+    for missed in (mine.broken, mine.absent, sorted(_missed(*notes.values()))):
+        silent = [rank for rank in missed if rank not in here]
+        if silent:
+            return silent
+    return []
+
+
+def _missed(*notes: Note) -> set[int]:
+    """Who may have left a note as well, or is to blame."""
+    return {rank for note in notes for rank in (*note.broken, *note.absent)}
 
 
 def _key(rank: int) -> str:
