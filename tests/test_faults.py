@@ -15,12 +15,14 @@ import torch.distributed as dist
 from torch import nn
 
 import syncbn
+from helpers.commands import mpiexec, needs_mpi4py, needs_mpiexec
 from helpers.faults import run_faulty
 from helpers.links import SEE_EACH_RANK, Arrival, Late, connect, link_of
 from helpers.oracle import close
+from helpers.processes import run_processes
 from helpers.ranks import outcomes, run_ranks
 from programs import faults
-from programs.faults import Fault, batch, train
+from programs.faults import DIFFERENT_CALLS, Different, Fault, all_different, batch, train
 from syncbn.comm.base import checks
 from syncbn.steps import vote
 
@@ -42,54 +44,30 @@ def check_lost(reports: list[dict[str, Any]], fault: Fault, direction: str, laye
         assert report["seconds"] < timeout + 1.0
 
 
-def check_mismatch(reports: list[dict[str, Any]], fault: Fault, way: str, mine: str, theirs: str) -> None:
-    """All ranks raise in the same step; ``mine`` is what the faulty rank was in, ``theirs`` what the others were in."""
-    assert [report["error"] for report in reports] == ["RankMismatchError"] * len(reports), reports
-    for rank, report in enumerate(reports):
-        own = mine if rank == fault.rank else theirs
-        assert own in report["text"]
-        assert report["seconds"] < 1.0
-        if way in SEE_EACH_RANK:
-            others = " and ".join(str(other) for other in range(len(reports)) if other != fault.rank)
-            assert f"rank {others}: {theirs}" in report["text"]
-            assert f"rank {fault.rank}: {mine}" in report["text"]
-        assert f"This is rank {rank}" in report["text"]
-
-
 # ---- ranks that make different calls
 
 
-FORWARD = "forward of layer {!r}"
-BACKWARD = "backward of layer {!r}"
-# kind, phase, layer that is faulty, what the faulty rank is in, what the others are in, and when (steps later)
-MISMATCHES = [
-    ("skip", "forward", "bn2", FORWARD.format("bn3"), FORWARD.format("bn2"), 0),
-    ("skip", "forward", "bn3", BACKWARD.format("bn2"), FORWARD.format("bn3"), 0),
-    ("swap", "forward", "bn1", FORWARD.format("bn2"), FORWARD.format("bn1"), 0),
-    ("eval", "forward", "bn2", FORWARD.format("bn3"), FORWARD.format("bn2"), 0),
-    ("frozen", "forward", "bn2", "gradients for input, bias", "gradients for input, weight, bias", 0),
-    ("no_grad", "forward", "bn2", "no gradients", "gradients for input, weight, bias", 0),
-    ("width", "forward", "bn2", "(16 channels", "(8 channels", -1),
-    ("skip backward", "between", "bn2", FORWARD.format("bn1"), BACKWARD.format("bn3"), 0),
-    ("detach", "backward", "bn2", FORWARD.format("bn1"), BACKWARD.format("bn1"), 0),
-]
-
-
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize(("kind", "phase", "layer", "mine", "theirs", "later"), MISMATCHES)
-def test_different_calls(
-    way: str, world: int, kind: str, phase: str, layer: str, mine: str, theirs: str, later: int
-) -> None:
-    fault = Fault(kind, phase, rank=world - 1, layer=layer)
-    reports = outcomes(world, train, fault, timeout=TIMEOUT)
-    if "layer" not in mine:  # the same layer, another call of it
-        mine, theirs = f"{FORWARD.format(layer)} ", f"{FORWARD.format(layer)} "
-    check_mismatch(reports, fault, way, mine, theirs)
-    rows = [row for row in MISMATCHES if row[:3] == (kind, phase, layer)]
-    assert rows[0][3] in reports[fault.rank]["text"] and rows[0][4] in reports[0]["text"]
-    behind = {"skip backward": 1, "detach": 1}.get(kind, 0)  # the faulty rank is a step ahead by then
-    assert reports[fault.rank]["step"] == fault.step + later + behind
-    assert all(report["step"] == fault.step + later for report in reports[:-1])
+@pytest.mark.parametrize("case", DIFFERENT_CALLS, ids=Different.name)
+def test_different_calls(way: str, world: int, case: Different) -> None:
+    reports = outcomes(world, train, case.fault(world), timeout=TIMEOUT)
+    case.check(reports, way in SEE_EACH_RANK)
+    assert all(report["seconds"] < 1.0 for report in reports)
+
+
+@pytest.mark.mpi
+@needs_mpi4py
+@needs_mpiexec
+@pytest.mark.parametrize("world", WORLDS)
+def test_different_calls_over_mpi(world: int) -> None:
+    done = mpiexec(world, "faults.py")
+    assert done.returncode == 0 and done.stdout.count(f"{len(DIFFERENT_CALLS)} checked") == world, done.stdout
+
+
+@pytest.mark.integration
+def test_different_calls_of_compiled_models(tmp_path: Path) -> None:
+    for case, *reports in zip(DIFFERENT_CALLS, *run_processes(2, all_different, tmp_path), strict=True):
+        case.check(reports, sees_each_rank=True)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -100,3 +100,33 @@ def test_a_rank_that_did_its_part_and_left_is_not_to_blame() -> None:
     assert isinstance(interrupted, Interrupted)
     assert isinstance(waited, syncbn.PeerLostError)
     assert "Not arrived: rank 1." in str(waited)
+
+
+@pytest.mark.parametrize("way", ["sockets", "mixed", "two levels"])
+def test_an_interrupt_in_the_last_round_of_the_first_exchange_is_told_over_its_connections(way: str) -> None:
+    """To a peer that has completed that round, and uses the connection already."""
+    rounds = {"sockets": 4, "mixed": 4, "two levels": 6}[way]
+
+    def body(rank: int, group: Any) -> bool:
+        carrier = link_of(group)._carrier  # type: ignore[attr-defined]
+        tell, left = carrier._tell, [rounds]
+
+        def interrupted(record: bytes) -> list[bytes]:
+            records = tell(record)
+            left[0] -= 1
+            if left[0] == 0 and rank == 0:
+                raise Interrupted
+            return records
+
+        carrier._tell = interrupted
+        return vote(True, process_group=group)
+
+    with travel(way):
+        interrupted, *others = outcomes(4, body, timeout=2.0)
+    assert isinstance(interrupted, Interrupted)
+    for other in others:
+        assert isinstance(other, syncbn.PeerLostError)
+        assert "Not arrived: rank 0." in str(other)
+    neighbours = {"sockets": [1, 2, 3], "mixed": [1], "two levels": [2]}[way]
+    for rank in neighbours:
+        assert "rank 0: it was interrupted by Interrupted" in str(others[rank - 1])

@@ -16,7 +16,7 @@ from syncbn import _torch
 from syncbn.comm.board import share_boards
 from syncbn.comm.frames import Frames
 from syncbn.comm.gloo import Gloo
-from syncbn.comm.handshake import all_of_host, connect_pairs
+from syncbn.comm.handshake import Connection, all_of_host, connect_pairs
 from syncbn.comm.post_mortem import PATIENCE, SECONDS, Note, culprits
 from syncbn.comm.sockets import LATE, PeersLost, Sockets
 from syncbn.comm.two_levels import TwoLevels, board_size, is_led, leader_or_all
@@ -135,19 +135,21 @@ class Carrier:
         self._gloo.start(rows[self._rank, :length], {peer: rows[peer] for peer in self._others})
 
     def _connect(self) -> None:
-        ends, pairs, hosts = connect_pairs(self._rank, self._size, self._tell, self._wanted)
+        ends: dict[int, Connection] = {}
         board = None
-        led = self._wanted is leader_or_all and any(pairs) and is_led(hosts)
-        if led:
-            size = board_size(pairs, HEAD + FRAME)
-            try:
-                board, pairs = share_boards(self._rank, pairs, ends, self._tell, size)
-            except BaseException:
-                pairs[self._rank] = set()
-                raise
-            finally:
-                for rank in set(ends) - pairs[self._rank]:
-                    ends.pop(rank).socket.close()
+        try:
+            met = connect_pairs(self._rank, self._size, self._tell, self._wanted, ends)
+            pairs = met.pairs
+            led = self._wanted is leader_or_all and any(pairs) and is_led(met.hosts)
+            if led:
+                size = board_size(pairs, HEAD + FRAME)
+                board, pairs = share_boards(self._rank, pairs, met.ends, self._tell, size)
+        except BaseException:
+            self._sockets = Sockets(self._rank, ends, alone=False)  # for whoever gives up to say why
+            raise
+        ends = {peer: end for peer, end in met.ends.items() if peer in pairs[self._rank]}
+        for peer in set(met.ends) - set(ends):
+            met.ends[peer].socket.close()
         self._sockets = Sockets(self._rank, ends, alone=len(ends) == self._size - 1)
         self._others = [rank for rank in self._others if rank not in ends]
         if led:

@@ -97,7 +97,9 @@ def all_of_host(rank: int, hosts: Sequence[Host | None]) -> set[int]:
     return {other for other, host in enumerate(hosts) if mine is not None and host == mine and other != rank}
 
 
-def connect_pairs(rank: int, size: int, tell: Tell, wanted: Wanted = all_of_host) -> Met:
+def connect_pairs(
+    rank: int, size: int, tell: Tell, wanted: Wanted = all_of_host, ends: dict[int, Connection] | None = None
+) -> Met:
     """Connections to ranks of this host, as far as both ends agree.
 
     Args:
@@ -105,6 +107,8 @@ def connect_pairs(rank: int, size: int, tell: Tell, wanted: Wanted = all_of_host
         tell: gives a record to all ranks and returns all ranks' records, of one length, in rank order.
         wanted: the ranks of its host with which a rank wants a connection, from the hosts of all ranks (None for one
             that stays off sockets). Both ends must want it.
+        ends: where connections are put as they are made. If ``tell`` raises, they are left to the caller to close: a
+            peer that has come further uses them already, and wants to hear why.
 
     Returns:
         What came of it; no connections if none can be had, and nothing is raised for that.
@@ -115,26 +119,26 @@ def connect_pairs(rank: int, size: int, tell: Tell, wanted: Wanted = all_of_host
     Collectives:
         ``tell`` once if no two ranks share a host, else four times.
     """
-    handshake = _Handshake(rank, size, tell, wanted)
+    handshake = _Handshake(rank, size, tell, wanted, {} if ends is None else ends)
     try:
         pairs = handshake.run()
     except BaseException:
-        handshake.close_others({})
+        handshake.close_others(ends or {})
         raise
-    ends = handshake.ends(pairs[rank])
-    handshake.close_others(ends)
-    return Met(ends, pairs, handshake.hosts)
+    kept = {peer: handshake.ends[peer] for peer in sorted(pairs[rank])}
+    handshake.close_others(kept)
+    return Met(kept, pairs, handshake.hosts)
 
 
 class _Handshake:
-    def __init__(self, rank: int, size: int, tell: Tell, wanted: Wanted) -> None:
+    def __init__(self, rank: int, size: int, tell: Tell, wanted: Wanted, ends: dict[int, Connection]) -> None:
         self._rank, self._size, self._tell, self._wanted = rank, size, tell, wanted
         self.hosts: list[Host | None] = []
+        self.ends = ends
         self._opened: list[socket.socket] = []
         self._listener: socket.socket | None = None
         self._token = b""
         self._nonces: dict[int, bytes] = {}
-        self._ends: dict[int, Connection] = {}
 
     def run(self) -> list[set[int]]:
         """The ranks to which each rank is connected."""
@@ -150,16 +154,13 @@ class _Handshake:
             self._connect([r for r in sorted(self._wanted(self._rank, self.hosts)) if r < self._rank], ranks)
         connected = self._tell_ranks(self._nonces)
         self._accept([r for r in range(self._rank + 1, self._size) if self._rank in connected[r]])
-        accepted = self._tell_ranks(set(self._ends) - set(self._nonces))
+        accepted = self._tell_ranks(set(self.ends) - set(self._nonces))
         confirmed = self._tell_ranks(r for r in self._nonces if self._rank in accepted[r] and self._is_answered(r))
         for higher, lowers in enumerate(confirmed):
             pairs[higher] |= lowers
             for lower in lowers:
                 pairs[lower].add(higher)
         return pairs
-
-    def ends(self, ranks: Iterable[int]) -> dict[int, Connection]:
-        return {rank: self._ends[rank] for rank in sorted(ranks)}
 
     def close_others(self, ends: Mapping[int, Connection]) -> None:
         kept = [end.socket for end in ends.values()]
@@ -197,7 +198,7 @@ class _Handshake:
                 packet = _prepare(end)
                 nonce = secrets.token_bytes(16)
                 end.send(_HELLO.pack(b"sbnH", self._token, self._rank, other, nonce), socket.MSG_NOSIGNAL)
-                self._ends[other] = Connection(end, packet)
+                self.ends[other] = Connection(end, packet)
                 self._nonces[other] = nonce
 
     def _accept(self, expected: Sequence[int]) -> None:
@@ -218,17 +219,17 @@ class _Handshake:
         if len(hello) == _HELLO.size:
             magic, token, other, target, nonce = _HELLO.unpack(hello)
             known = magic == b"sbnH" and hmac.compare_digest(token, self._token) and target == self._rank
-            if known and other in expected and other not in self._ends:
+            if known and other in expected and other not in self.ends:
                 packet = _prepare(end)
                 end.send(_ANSWER.pack(b"sbnA", nonce), socket.MSG_NOSIGNAL)
-                self._ends[other] = Connection(end, packet)
+                self.ends[other] = Connection(end, packet)
                 return
         end.close()
 
     def _is_answered(self, other: int) -> bool:
         answer = b""
         with attempt():
-            answer = self._ends[other].socket.recv(_ANSWER.size + 1, socket.MSG_DONTWAIT)
+            answer = self.ends[other].socket.recv(_ANSWER.size + 1, socket.MSG_DONTWAIT)
         return hmac.compare_digest(answer, _ANSWER.pack(b"sbnA", self._nonces[other]))
 
     def _socket(self) -> socket.socket:

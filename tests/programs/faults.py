@@ -185,3 +185,94 @@ def process_main(
     report["outputs"] = [output.tolist() for output in report["outputs"]]
     (folder / f"{rank}.json").write_text(json.dumps(report))
     sys.exit(1 if report["error"] else 0)
+
+
+# ---- ranks that make different calls
+
+FORWARD = "forward of layer {!r}"
+BACKWARD = "backward of layer {!r}"
+
+
+class Different(NamedTuple):
+    """A fault of the last rank by which ranks come to be in different calls.
+
+    Attributes:
+        mine, theirs: what the faulty rank is in, and what the others are in.
+        later: in which step, after that of the fault.
+        ahead: steps that the faulty rank is ahead of the others by then.
+    """
+
+    kind: str
+    phase: str
+    layer: str
+    mine: str
+    theirs: str
+    later: int = 0
+    ahead: int = 0
+
+    def name(self) -> str:
+        return f"{self.kind}-{self.phase}-{self.layer}"
+
+    def fault(self, world: int) -> Fault:
+        return Fault(self.kind, self.phase, rank=world - 1, layer=self.layer)
+
+    def check(self, reports: Sequence[dict[str, Any]], sees_each_rank: bool) -> None:
+        """All ranks have raised in the same call, and say which calls they were in."""
+        assert [report["error"] for report in reports] == ["RankMismatchError"] * len(reports), reports
+        last = len(reports) - 1
+        step = self.fault(len(reports)).step + self.later
+        for rank, report in enumerate(reports):
+            text = report["text"]
+            assert (self.mine if rank == last else self.theirs) in text, text
+            assert f"This is rank {rank}" in text, text
+            assert report["step"] == step + (self.ahead if rank == last else 0), report
+            if sees_each_rank:
+                assert self.mine in text and self.theirs in text, text
+                others = " and ".join(str(other) for other in range(last))
+                here, there = (self._call(words) for words in (self.mine, self.theirs))
+                assert f"rank {others}: {there}" in text and f"rank {last}: {here}" in text, text
+
+    def _call(self, words: str) -> str:
+        return words if "layer" in words else f"{FORWARD.format(self.layer)} "  # the same layer, another call of it
+
+
+DIFFERENT_CALLS = [
+    Different("skip", "forward", "bn2", FORWARD.format("bn3"), FORWARD.format("bn2")),
+    Different("skip", "forward", "bn3", BACKWARD.format("bn2"), FORWARD.format("bn3")),
+    Different("swap", "forward", "bn1", FORWARD.format("bn2"), FORWARD.format("bn1")),
+    Different("eval", "forward", "bn2", FORWARD.format("bn3"), FORWARD.format("bn2")),
+    Different("frozen", "forward", "bn2", "gradients for input, bias", "gradients for input, weight, bias"),
+    Different("no_grad", "forward", "bn2", "no gradients", "gradients for input, weight, bias"),
+    Different("width", "forward", "bn2", "(16 channels", "(8 channels", later=-1),
+    Different("skip backward", "between", "bn2", FORWARD.format("bn1"), BACKWARD.format("bn3"), ahead=1),
+    Different("detach", "backward", "bn2", FORWARD.format("bn1"), BACKWARD.format("bn1"), ahead=1),
+]
+
+
+def all_different(rank: int, world: int) -> list[dict[str, Any]]:
+    """What becomes of each of them, one after the other in the default group, in models that are compiled."""
+
+    def convert(net: nn.Module, group: Any) -> None:
+        torch._dynamo.reset()
+        syncbn.convert_sync_batchnorm(net, group).compile(backend="aot_eager")
+
+    torch.set_num_threads(1)
+    group = dist.group.WORLD
+    return [train(rank, group, case.fault(world), convert=convert) for case in DIFFERENT_CALLS]
+
+
+def over_mpi() -> None:
+    import syncbn.mpi  # noqa: F401
+
+    torch.set_num_threads(1)
+    dist.init_process_group("mpi4py", init_method="mpi://")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for case in DIFFERENT_CALLS:
+        reports: list[Any] = [None] * world
+        dist.all_gather_object(reports, train(rank, dist.group.WORLD, case.fault(world)))
+        case.check(reports, sees_each_rank=False)
+    print(f"rank {rank}: {len(DIFFERENT_CALLS)} checked", flush=True)
+
+
+if __name__ == "__main__":
+    over_mpi()
