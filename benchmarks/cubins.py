@@ -30,7 +30,7 @@ from triton.runtime import driver
 from syncbn.kernels import triton as kernels
 from syncbn.memory import Running
 from syncbn.messages import Message, Report, Shared
-from syncbn.wire import SLOTS
+from syncbn.wire import HEAD, SLOTS
 
 CALL = 16  # bytes of stack that a call of the float64 division may take
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -56,8 +56,13 @@ def recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], int]]]:
         kernels._launch = original
 
 
-def step(shape: tuple[int, ...], dtype: torch.dtype, columns: bool, relu: bool, half: bool = False) -> None:
-    """All launches of a training step of one layer, and those of the functions by themselves."""
+def step(
+    shape: tuple[int, ...], dtype: torch.dtype, columns: bool, relu: bool, half: bool = False, gathered: bool = False
+) -> None:
+    """All launches of a training step of one layer, and those of the functions by themselves.
+
+    ``gathered``: as where each rank's message is gathered, and not summed.
+    """
     x, g, r = (torch.empty(shape, dtype=dtype, device="cpu") for _ in range(3))
     if columns:
         x, g, r = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, g, r))
@@ -66,17 +71,20 @@ def step(shape: tuple[int, ...], dtype: torch.dtype, columns: bool, relu: bool, 
     parameters = torch.float16 if half else torch.float32
     weight, bias = (None, None) if half and not relu else (torch.empty(channels, dtype=parameters) for _ in range(2))
     whole = torch.empty(SLOTS + 2 * channels + 1, dtype=torch.float64)
-    message, backward = Message(whole, whole[SLOTS:], True, 77, 3), Message(whole[:-1], whole[SLOTS:-1], True, 77, 3)
+    given = (not gathered, 77, 3, torch.empty(HEAD, dtype=torch.float64) if gathered else None)
+    message, backward = Message(whole, whole[SLOTS:], *given), Message(whole[:-1], whole[SLOTS:-1], *given)
     batches = torch.zeros((), dtype=torch.int64)
     running = Running(torch.empty(channels), torch.empty(channels), None if half else 0.1, batches)
     kernels.pack_moments(x, None, message)
     report = Report(torch.empty(8, dtype=torch.float64), 1, 2)
-    shared = Shared(message.payload[None], True, report)
+    shared = Shared(message.payload[None], not gathered, report)
     _, stats, _ = kernels.normalize_shared(x, None, shared, weight, bias, residual, relu, 1e-5, running)
     args = kernels.operands(g, x, None, stats, weight, bias, residual, relu)
     dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
     kernels.pack_gradient_sums(args, backward, dtypes)
-    kernels.shared_input_gradient(args, Shared(backward.payload[None], True, report), relu)
+    kernels.shared_input_gradient(args, Shared(backward.payload[None], not gathered, report), relu)
+    if gathered:
+        return
     mean, invstd, count = stats[:channels], stats[channels:-1], stats[-1]
     kernels.moments(x)
     kernels.normalize(x, mean, invstd, weight, bias, residual, relu)
@@ -106,24 +114,26 @@ def variants(quick: bool) -> Iterator[tuple[str, int, Any]]:
     """Every different kernel that the shapes lead to, compiled, with a description and its number of warps."""
     seen: set[str] = set()
     # (No memory is touched: these tensors are only looked at.)
-    cases = [(shape, dtype, columns, relu, False)
+    cases = [(shape, dtype, columns, relu, False, False)
              for shape in SHAPES for dtype in (torch.bfloat16, torch.float32)
              for columns in (False, True) for relu in (False, True) if len(shape) > 2 or not columns]  # fmt: skip
-    cases += [((64, 48, 3, 5), torch.float16, columns, relu, True)
+    cases += [((64, 48, 3, 5), torch.float16, columns, relu, True, gathered) for gathered in (False, True)
               for columns in (False, True) for relu in (False, True)]  # fmt: skip
     if quick:
-        cases = [((64, 48, 3, 5), torch.float16, True, True, True)]
+        cases = [((64, 48, 3, 5), torch.float16, True, True, True, gathered) for gathered in (False, True)]
     shipped = kernels.SIZES
     for wide in (False,) if quick else (False, True):
-        for shape, dtype, columns, relu, half in cases[:: 9 if wide else 1]:
+        for shape, dtype, columns, relu, half, gathered in cases[:: 9 if wide else 1]:
             kernels.SIZES = shipped._replace(wide=0) if wide else shipped
             with recorded() as launches:
-                step(shape, dtype, columns, relu, half)
+                step(shape, dtype, columns, relu, half, gathered)
             kernels.SIZES = shipped
             for kernel, args, warps in launches:
                 compiled = kernel.warmup(*args, grid=(1,), num_warps=warps, **kernels.OPTIONS)
                 what = f"{kernel.__name__} {'x'.join(map(str, shape))} {'columns' if columns else 'rows'} {dtype}"
-                what = what.replace("torch.", "") + (" relu" if relu else "") + (" wide" if wide else "")
+                what = what.replace("torch.", "") + "".join(
+                    f" {name}" for name, is_so in (("relu", relu), ("wide", wide), ("gathered", gathered)) if is_so
+                )
                 if compiled.hash not in seen:
                     seen.add(compiled.hash)
                     yield what, warps, compiled

@@ -337,7 +337,7 @@ def number(row: dict[str, object], name: str) -> float:
 
 def measure_kernels(case: Case, layout: str, rounds: int, device: str) -> Rows:
     """One row for each function: against the reference, and against a copy of the bytes that it must move."""
-    ours = kernels.choose(case.xs[0], None, raw=True)
+    ours = kernels.choose(case.xs[0], None, direct=True)
     assert kernels.name_of(ours) == "Triton", "the kernels are not used here"
     channels = case.shape[1]
     whole = torch.empty(SLOTS + 2 * channels + 1, dtype=torch.float64, device=device)

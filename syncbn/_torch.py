@@ -71,6 +71,29 @@ def is_gloo(backend: Any) -> bool:
     return isinstance(getattr(backend, "wrapped_pg", backend), _GLOO)  # wrapped by TORCH_DISTRIBUTED_DEBUG=DETAIL
 
 
+_GatherOptions = getattr(getattr(torch._C, "_distributed_c10d", None), "AllgatherOptions", None)
+
+
+def gather_options(in_order: bool) -> Any:
+    """Options of ``all_gather``; ``in_order``: on the current stream. Fallback: None, for those that a group has."""
+    options: Any = None if _GatherOptions is None else _GatherOptions()
+    if in_order and hasattr(options, "asyncOp"):
+        options.asyncOp = False
+    return options
+
+
+def all_gather(group: Any, output: Tensor, own: Tensor, options: Any) -> Any:
+    """Begin to collect a tensor of each rank into one, in rank order; the work, or None where it is done in order.
+
+    ``dist.all_gather_into_tensor`` takes registered groups alone, and warns in some versions. Fallback (also for groups
+    that are written in Python): into a tensor for each rank, which some backends copy once more.
+    """
+    more = () if options is None else (options,)
+    if hasattr(group, "_allgather_base"):
+        return group._allgather_base(output, own, *more)
+    return group.allgather([list(output.view(-1, own.numel()).unbind())], [own], *more)
+
+
 def has_backend(group: Any, device: torch.device) -> bool:
     """Whether the group can work on tensors of a device. Fallback: it is taken to be for CPUs alone."""
     try:

@@ -135,7 +135,7 @@ class SyncBatchNormFunction(_Function):
         plan: Plan,
     ) -> tuple[Tensor, Tensor]:
         call = plan.call(wire.FORWARD)
-        kernel = kernels.choose(x, mask, plan.link.raw)
+        kernel = kernels.choose(x, mask, plan.link.direct)
         with unseen():
             local = measure(kernel, x, mask, plan.link, call)
             shared = plan.link.share(local, call)
@@ -188,7 +188,7 @@ def _backward(
     needs_g: bool,
 ) -> tuple[Tensor | None, ...]:
     """``(dx, dweight, dbias, g)``, g being the gradient behind the ReLU: two calls of the kernels and an exchange."""
-    kernel = kernels.choose(x, mask, plan.link.raw)
+    kernel = kernels.choose(x, mask, plan.link.direct)
     rest = x, mask, stats, weight, bias, residual
     relu = plan.relu
     operands = kernel.operands(grad, *rest, relu)
@@ -275,7 +275,7 @@ class GlobalMomentsFunction(_GlobalFunction):
     def forward(x: Tensor, mask: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         call = plan.call(wire.MOMENTS)
         with unseen():
-            kernel = kernels.choose(x, mask, plan.link.raw)
+            kernel = kernels.choose(x, mask, plan.link.direct)
             shared = plan.link.share(measure(kernel, x, mask, plan.link, call), call)
             total = look(shared.on(x.device).moments())
         if total.finite is False:
@@ -358,8 +358,8 @@ class _PassesFunction(_Function):
 
     @staticmethod
     def forward(x: Tensor, mask: Tensor | None, stats: Tensor, *rest: Any) -> Tensor:
-        *parameters, raw = rest
-        kernel = kernels.choose(x, mask, raw)
+        *parameters, direct = rest
+        kernel = kernels.choose(x, mask, direct)
         return kernel.passed_gradient(kernel.operands(torch.ones_like(x), x, mask, stats, *parameters, True))
 
     @staticmethod
@@ -381,7 +381,7 @@ def _differentiable_backward(
     """The backward out of differentiable steps: ``(dx, dweight, dbias, g)``, g being the gradient behind the ReLU."""
     g = grad
     if plan.relu:
-        g = grad * _PassesFunction.apply(x, mask, stats, weight, bias, residual, plan.link.raw)
+        g = grad * _PassesFunction.apply(x, mask, stats, weight, bias, residual, plan.link.direct)
     given = x
     if mask is not None:
         x = kernels.clean_padding(x, mask)

@@ -135,6 +135,16 @@ def group_ranks(group: dist.ProcessGroup) -> list[int]:
         return list(range(group.size()))
 
 
+def on_one_node(group: dist.ProcessGroup) -> bool:
+    """Whether all ranks of a group are on one node, by what the launcher says, so that all ranks find alike.
+
+    ``LOCAL_WORLD_SIZE``, as torchrun and ``syncbn-launch`` set it: so many ranks, one after the other, to a node. Where
+    nobody says so, no.
+    """
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return local.isdecimal() and int(local) > 0 and len({rank // int(local) for rank in group_ranks(group)}) == 1
+
+
 def group_device(group: dist.ProcessGroup | None, device: torch.device | str | None = None) -> torch.device:
     """The device over which the layers of a group exchange: as given, or CUDA where the group can, else the CPU."""
     if device is not None:

@@ -27,6 +27,8 @@ class Message(NamedTuple):
         tag: of the call, below 2^26; see ``number``.
         number: this rank's, counted from one, where the kernel writes the slots in front of the payload as well (and
             zeros behind it), because the message lives on a device; 0 where the link does that.
+        header: float64 whose bytes the kernel writes in front of ``whole``, where it writes the slots too; None for
+            nothing.
     """
 
     whole: Tensor
@@ -34,16 +36,18 @@ class Message(NamedTuple):
     raw: bool
     tag: int = 0
     number: int = 0
+    header: Tensor | None = None
 
 
 class Report:
-    """Where a kernel that reads a sum on a device tells the host what the check slots in front of it say.
+    """Where a kernel that reads what all ranks wrote on a device tells the host what the check slots there say.
 
     Attributes:
-        record: 8 float64 in memory of the host that kernels write to: where the slots say that ranks differ, refuse or
-            are not finite, ``exchange`` and behind it the slots; 0 in front where there is nothing to tell.
+        record: float64 in memory of the host that kernels write to: where the slots say that ranks differ, refuse or
+            are not finite, ``exchange`` and behind it the summed slots, or each rank's header and slots; 0 in front
+            where there is nothing to tell.
         exchange: the link's number for the exchange, above 0.
-        ranks: how many are in the sum.
+        ranks: how many there are.
         unread: whether no kernel has been asked to look so far.
     """
 
@@ -65,7 +69,7 @@ class Shared(NamedTuple):
         parts: float64, shape ``(W, width)`` with the payload of each rank in rank order, or ``(1, width)`` with their
             sum. Rows are contiguous, their distance is any. Valid until the next exchange of the link.
         raw: as in ``Message``.
-        report: of a sum on a device, for a kernel to say what its check slots say: they lie in front of it.
+        report: on a device, for a kernel to say what the check slots say: they lie in front of each part.
     """
 
     parts: Tensor
@@ -106,6 +110,9 @@ def write_around(message: Message) -> None:
     payload, whole = message.payload, message.whole
     start = payload.storage_offset() - whole.storage_offset()
     broken = (~torch.isfinite(payload.sum())).double()
+    if message.header is not None:
+        length = message.header.shape[0]
+        whole.as_strided((length,), (1,), whole.storage_offset() - length).copy_(message.header)
     whole[:start].zero_()
     whole[start + payload.numel() :].zero_()
     for slot, value in ((0, message.tag), (1, message.tag**2), (4, broken), (5, broken * message.number)):

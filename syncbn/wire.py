@@ -1,6 +1,6 @@
 """The format of a message between ranks: the one place that knows it. Standard library only.
 
-A message is a vector of float64: a head, the payload, and padding. There are two heads.
+A message is a vector of float64: a head, the payload, and padding. There are two heads, and one message has both.
 
 Where each rank's message is seen separately (one hop)::
 
@@ -19,6 +19,10 @@ Where only the sum over ranks is seen (all-reduce)::
   With sums over W ranks, ``W * sum(t^2) == (sum t)^2`` holds only if all t agree (Cauchy-Schwarz; exact in float64
   while t * W < 2^26). The padding lets ranks in layers of different widths make the same all-reduce, and find out:
   in one of different lengths gloo aborts the process, and MPI truncates or mixes without a word.
+
+Where all ranks' messages are gathered on a device, each is a header and behind it a message as for a sum: kernels
+compare the slots, and the host reads the headers where they say something. The header's number of the exchange is zero:
+a constant needs no copy to the device. Of a rank that refuses it has the reason in place of the layer's name.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ HEAD = HEADER_BYTES // 8
 """Float64 in front of the payload where each rank's message is seen."""
 assert HEADER_BYTES == 8 * HEAD == 128
 _FLAGS_AT = 6  # where the low byte of the flags lies in a header
+_NUMBER_AT = 8
 
 FRAME = 16384
 """Widest payload, in float64, of a first frame."""
@@ -45,6 +50,8 @@ FRAME_BYTES = HEADER_BYTES + 8 * FRAME
 _SLOTS = struct.Struct("<6d")
 SLOTS = 6
 """Float64 in front of the payload where only sums are seen."""
+FRONT = HEAD + SLOTS
+"""Float64 in front of the payload where messages are gathered on a device."""
 
 BUCKET = 1024
 """Summed messages have at least this length, in float64. On a host, where the slots are looked at before anything else
@@ -142,6 +149,17 @@ def refusal(call: Call, reason: str, number: int) -> bytes:
     text = reason[: 8 * FRAME].encode(errors="backslashreplace")[: 8 * FRAME]
     text += b"\0" * (-len(text) % 8)
     return encode(call._replace(flags=call.flags | REFUSED), len(text) // 8, number) + text
+
+
+def refusal_on_device(call: Call, reason: str, width: int) -> bytes:
+    """The header of a rank that cannot make its call, where there is no room for the reason but that of the name."""
+    said = reason.encode(errors="backslashreplace")[:96].decode(errors="ignore")
+    return encode(Call(call.kind, said, call.flags | REFUSED), width, 0)
+
+
+def numbered(header: bytes, number: int) -> bytes:
+    """A header, with the number of the exchange filled in."""
+    return header[:_NUMBER_AT] + struct.pack("<q", number) + header[_NUMBER_AT + 8 :]
 
 
 def is_refusal(frame: Any) -> bool:

@@ -96,7 +96,7 @@ def test_doctor_passes(
     assert test["way"] == "sockets to 1 of 1 peers"
     assert lines["settings"].startswith("SYNCBN_CHECKS=on, SYNCBN_KERNELS=native, SYNCBN_SOCKETS=on")
     own = report["devices"]["cpu"]
-    assert own["kernels"] == kernels.name_of(kernels.choose(torch.zeros(1, 1), None, raw=False))
+    assert own["kernels"] == kernels.name_of(kernels.choose(torch.zeros(1, 1), None, direct=False))
     assert f"{own['kernels']} on CPUs ({own['instructions'] or own['why']})" in report["kernels"] == lines["kernels"]
     assert not left_behind(alone) and not list(alone.glob("syncbn-doctor-*"))
 

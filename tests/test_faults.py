@@ -423,6 +423,7 @@ def test_values_of_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
 NONSENSE = {
     "SYNCBN_CHECKS": "SYNCBN_CHECKS must be on, off or sync, got 'of'",
     "SYNCBN_SOCKETS": "SYNCBN_SOCKETS must be on or off, got 'of'",
+    "SYNCBN_GATHER": "SYNCBN_GATHER must be a number of ranks, 0 or more, got 'of'",
 }
 
 

@@ -6,20 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from syncbn.comm.pairs import join, split
 from syncbn.moments import Moments, merge, unpack, unpack_raw
 
 C = 5
 SIZES = (9, 1, 0, 30)
-
-
-def pair(values: Tensor) -> Tensor:
-    """High and low parts, float32, shape ``(2, n)``."""
-    high = values.float()
-    return torch.stack([high, (values - high).float()])
-
-
-def joined(pairs: Tensor) -> Tensor:
-    return pairs[0].double() + pairs[1].double()
 
 
 def triples(offset: float) -> tuple[list[Tensor], Tensor]:
@@ -34,17 +25,19 @@ def triples(offset: float) -> tuple[list[Tensor], Tensor]:
 @pytest.mark.parametrize("scale", [1e-25, 1e-10, 1.0, 1e10, 1e37])
 def test_a_pair_keeps_48_bits(scale: float) -> None:
     values = torch.randn(10_000).double() * scale
-    assert ((joined(pair(values)) - values) / values).abs().max() <= 2.0**-48
+    assert ((join(split(values)) - values) / values).abs().max() <= 2.0**-48
     counts = torch.tensor([0.0, 1.0, 2.0**24 + 1, 2.0**47 + 1]).double()
-    assert torch.equal(joined(pair(counts)), counts)
+    assert torch.equal(join(split(counts)), counts)
+    beyond = torch.tensor([torch.inf, -1e39, torch.nan]).double()
+    assert join(split(beyond)).tolist()[:2] == [torch.inf, -torch.inf] and join(split(beyond))[2].isnan()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
 def test_gathered_pairs_lose_nothing_that_counts(offset: float) -> None:
     """Each rank merges the pairs of all in rank order: equal bits, as they are the same numbers."""
     packed, x = triples(offset)
-    total = merge([unpack(joined(pair(p))) for p in packed])
-    again = merge([unpack(joined(pair(p))) for p in packed])
+    total = merge([unpack(join(split(p))) for p in packed])
+    again = merge([unpack(join(split(p))) for p in packed])
     assert torch.equal(total.mean, again.mean) and torch.equal(total.m2, again.m2)
     assert total.n == len(x)
     torch.testing.assert_close(total.mean, x.mean(0), rtol=2.0**-46, atol=2.0**-46)
@@ -57,7 +50,7 @@ def test_summed_pairs_lose_what_float32_loses() -> None:
     """High parts are rounded as they are added up, and no low part knows."""
     packed, x = triples(4e3)
     raw = [torch.cat([p[:1], p[:1] * p[1 : C + 1], p[C + 1 :] + p[:1] * p[1 : C + 1] ** 2]) for p in packed]
-    summed: Moments = unpack_raw(joined(torch.stack([pair(r) for r in raw]).sum(0)))
+    summed: Moments = unpack_raw(join(torch.stack([split(r) for r in raw]).sum(0)))
     exact = unpack_raw(torch.stack(raw).sum(0))
     truth = x.var(0, correction=0)
     assert ((exact.var - truth) / truth).abs().max() < 1e-7

@@ -439,6 +439,24 @@ def test_streams_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _torch.raw_stream(torch.device("cuda", 1)) == 201
 
 
+def test_all_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    if _torch.gather_options(in_order=True) is not None:
+        assert not _torch.gather_options(in_order=True).asyncOp and _torch.gather_options(in_order=False).asyncOp
+
+    class InPython:  # a group without the form that has one tensor for all
+        def __init__(self, group: Any) -> None:
+            self.allgather = group.allgather
+
+    def body(rank: int, group: Any) -> None:
+        for each in (group, InPython(group)):
+            for options in (_torch.gather_options(in_order=False), None):
+                output = torch.zeros(6)
+                _torch.all_gather(each, output, torch.full((3,), float(rank)), options).wait()
+                assert output.tolist() == [0, 0, 0, 1, 1, 1]
+
+    run_ranks(2, body)
+
+
 def test_has_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(_torch.has_float64(torch.device(kind)) for kind in ("cpu", "cuda", "xpu", "meta"))
     assert not _torch.has_float64(torch.device("mps"))

@@ -114,7 +114,7 @@ def _kernels_on(device: torch.device) -> dict[str, str | None]:
     logger = logging.getLogger("syncbn")
     logger.addHandler(handler)
     try:
-        name = kernels.name_of(kernels.choose(torch.zeros(1, 1, device=device), None, raw=True))
+        name = kernels.name_of(kernels.choose(torch.zeros(1, 1, device=device), None, direct=True))
     finally:
         logger.removeHandler(handler)
     return {"kernels": name, "why": " ".join(said.getvalue().split()) or None}

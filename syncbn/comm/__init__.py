@@ -6,8 +6,10 @@ The process group of torch.distributed is the only abstraction. A link is what t
   One hop instead of the 2(W-1) of gloo's ring; each peer's header is seen. Of more than ``ONE_HOP_LIMIT`` ranks on
   several hosts, those of one host have a leader (``two_levels``): three hops.
 * ``all_reduce`` (NCCL, MPI, gloo above ``LEVELS_LIMIT``): one all-reduce, with check slots in the message.
+* ``all_gather`` (where ``SYNCBN_GATHER`` asks for it, for devices within a node): one all-gather, in which each rank's
+  header is seen. On devices without float64 always, of pairs of float32.
 
-Both give equal bits on all ranks. Without peers there is a link all the same (``Alone``), which sends nothing.
+All give equal bits on all ranks. Without peers there is a link all the same (``Alone``), which sends nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ import torch
 import torch.distributed as dist
 
 from syncbn import _torch
+from syncbn.comm.all_gather import AllGatherOfPairs, AllGatherOnDevice
 from syncbn.comm.all_reduce import AllReduce, AllReduceOnDevice, AllReduceOnHost
-from syncbn.comm.base import Alone, Link, Pretended
+from syncbn.comm.base import Alone, Link, Pretended, gather_limit
 from syncbn.comm.gloo import is_gloo
 from syncbn.comm.one_hop import OneHop
+from syncbn.groups import on_one_node
 
 __all__ = ["AllReduce", "Alone", "Link", "OneHop", "forced", "link_of", "must_synchronize", "synchronizes"]
 
@@ -73,7 +77,21 @@ def _new_link(group: Any, device: torch.device, links: dict[torch.device, Link])
         # One link for all devices, so that a message from one and a message from another count as calls of one group.
         known = next((other for other in links.values() if isinstance(other, OneHop)), None)
         return known or OneHop(group, device, levels=group.size() > ONE_HOP_LIMIT)
-    return (AllReduceOnHost if device.type == "cpu" else AllReduceOnDevice)(group, device)
+    if not _torch.has_float64(device):
+        return AllGatherOfPairs(group, device)
+    if device.type == "cpu":
+        return AllReduceOnHost(group, device)
+    return (AllGatherOnDevice if _gathers(group) else AllReduceOnDevice)(group, device)
+
+
+def _gathers(group: Any) -> bool:
+    """Whether messages on a device are gathered. By what all ranks know alike, and by nothing of a message: ranks that
+    are in different calls must still make the same collective.
+    """
+    try:
+        return group.size() <= gather_limit() and on_one_node(group)
+    except ValueError:  # which the link raises in an exchange
+        return False
 
 
 def must_synchronize(link: Link) -> bool:

@@ -30,18 +30,32 @@ def checks() -> str:
     return value
 
 
+def gather_limit() -> int:
+    """``SYNCBN_GATHER`` in the environment: how many ranks of one node share by an all-gather at most; 0 by default.
+
+    Raises:
+        ValueError: no whole number.
+    """
+    value = os.environ.get("SYNCBN_GATHER", "").strip() or "0"
+    if not value.isdecimal():
+        raise ValueError(f"the environment variable SYNCBN_GATHER must be a number of ranks, 0 or more, got {value!r}")
+    return int(value)
+
+
 class Link:
     """One rank's end of a process group.
 
     Attributes:
         rank, size: in the group.
         raw: whether moments travel as sums, which add up, and not as triples, which merge; see ``messages.Message``.
+        direct: whether messages live where the tensors do, so that kernels fill them in and read them whole.
         device: where messages live; payloads may come from another.
         exchanges: how many were made so far; the number of the next one.
         broke_off: whether the last exchange ended in a refusal or a mismatch, of which every rank knows then.
     """
 
     raw = False
+    direct = False
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self.rank: int = group.rank()
@@ -55,6 +69,7 @@ class Link:
         try:
             self._checks = checks()
             handshake.chosen()
+            gather_limit()
         except ValueError as error:  # raised in an exchange, where peers hear of it
             self._checks, self._mistake = "on", str(error)
         self._warned: set[str] = set()
@@ -67,7 +82,8 @@ class Link:
         """Room for a payload of ``width`` float64, for the next exchange on this link.
 
         Raises:
-            ValueError: ``SYNCBN_CHECKS`` or ``SYNCBN_SOCKETS`` had no such value when the link was made.
+            ValueError: ``SYNCBN_CHECKS``, ``SYNCBN_SOCKETS`` or ``SYNCBN_GATHER`` had no such value when the link was
+                made.
                 Peers raise RankMismatchError.
             PeerLostError: the group cannot be used any more.
         """
@@ -171,7 +187,7 @@ class Alone(Link):
         self.rank, self.size, self.device = 0, 1, device
         self.exchanges = 0
         self.broke_off = False
-        self.raw = device.type != "cpu"  # as the kernels of a device want it
+        self.raw = self.direct = device.type != "cpu"  # as the kernels of a device want it
 
     def way(self) -> str:
         return "no message: there are no peers"

@@ -46,21 +46,21 @@ _TRITON_CAPABILITY = (8, 0)
 _interpreted = False  # whether CPU tensors go to Triton as well, whose interpreter then works on them: for tests
 
 
-def choose(x: Tensor, mask: Tensor | None, raw: bool) -> Any:
+def choose(x: Tensor, mask: Tensor | None, direct: bool) -> Any:
     """What has the fused forms for a tensor: ``pack_moments``, ``normalize_shared``, ``pack_gradient_sums``,
     ``shared_input_gradient`` and ``passed_gradient``; see ``reference``.
 
     Args:
         x: shape ``(N, C, *)``.
         mask: of its valid positions, or None.
-        raw: whether its messages carry sums that add up over ranks, which Triton's fused forms ask for.
+        direct: whether messages live where x does, as Triton's fused forms ask for.
     """
     if is_native(x):
         return native
     triton = _triton(x)
     if triton is None:
         return _ATEN if (other := _torch_sync(x)) is None else _composed(other)
-    return triton if raw and mask is None else _composed(triton)
+    return triton if direct and mask is None else _composed(triton)
 
 
 def is_native(x: Tensor) -> bool:

@@ -37,7 +37,7 @@ from syncbn.channels import has_columns
 from syncbn.kernels import triton_kernels
 from syncbn.kernels.operands import Operands
 from syncbn.memory import Running
-from syncbn.messages import Message, Report, Shared
+from syncbn.messages import Message, Shared
 
 fuses_relu = True
 
@@ -337,7 +337,7 @@ def _vector(t: Tensor | None) -> Tensor | None:
 def moments(x: Tensor, *, raw: bool = False) -> Tensor:
     """See ``reference``."""
     packed = torch.empty(2 * x.shape[1] + 1, dtype=torch.float64, device=x.device)
-    _measure(x, packed, 0, 0, headed=False, raw=raw)
+    _measure(x, packed, None, 0, 0, headed=False, raw=raw)
     return packed
 
 
@@ -345,22 +345,24 @@ def pack_moments(x: Tensor, mask: None, message: Message) -> None:
     """See ``reference``; without a mask."""
     headed = message.number > 0
     target = message.whole if headed else message.payload
-    _measure(x, target, message.tag, message.number, headed=headed, raw=message.raw)
+    _measure(x, target, message.header, message.tag, message.number, headed=headed, raw=message.raw)
 
 
-def _measure(x: Tensor, message: Tensor, tag: int, number: int, *, headed: bool, raw: bool) -> None:
+def _measure(
+    x: Tensor, message: Tensor, header: Tensor | None, tag: int, number: int, *, headed: bool, raw: bool
+) -> None:
     layout = _layout(x, 1)
     data, cut, whole, length = layout.laid_out(x), layout.cut, layout.whole, message.shape[0]
     flags = headed, raw
     if whole is not None:
         _launch(
-            layout, x, triton_kernels.measure, 1, (data, None, message), (tag, number, length, *whole.sizes, 1),
+            layout, x, triton_kernels.measure, 1, (data, None, message, header), (tag, number, length, *whole.sizes, 1),
             (*whole.tile, 0, *flags, True), warps=8,
         )  # fmt: skip
         return
     partials = message.new_empty(layout.partials)
     _launch(
-        layout, x, triton_kernels.measure, layout.reducing, (data, partials, message),
+        layout, x, triton_kernels.measure, layout.reducing, (data, partials, message, header),
         (tag, number, length, *layout.sizes, layout.splits), (*layout.tile, layout.runs, *flags, False),
     )  # fmt: skip
     programs, tile = layout.finish
@@ -385,7 +387,7 @@ def normalize(
     y = torch.empty_like(data)
     if x.numel() > 0:
         stats = torch.cat([mean, invstd])
-        _normalize(layout, data, y, weight, bias, residual, relu, None, stats, None, 0.0, None)
+        _normalize(layout, data, y, weight, bias, residual, relu, None, stats, None, 0.0)
     return layout.restored(y, x)
 
 
@@ -400,21 +402,32 @@ def normalize_shared(
     eps: float,
     running: Running | None,
 ) -> tuple[Tensor, Tensor, None]:
-    """See ``reference``; of raw sums, without a mask. Running statistics that are no plain vectors move before."""
+    """See ``reference``; without a mask. Running statistics that are no plain vectors move before."""
     if running is not None and not _is_plain(running):
         running.move(shared.moments())
         running = None
     layout = _layout(x, 1)
     data = layout.laid_out(x)
     y = torch.empty_like(data)
-    sums = _summed(shared)
-    stats = sums.new_empty(2 * layout.cut.channels + 1)
-    _normalize(layout, data, y, weight, bias, residual, relu, sums, stats, running, eps, shared.report)
+    stats = shared.parts.new_empty(2 * layout.cut.channels + 1)
+    _normalize(layout, data, y, weight, bias, residual, relu, shared, stats, running, eps)
     return layout.restored(y, x), stats, None
 
 
-def _summed(shared: Shared) -> Tensor:
-    return shared.parts[0] if shared.parts.shape[0] == 1 else shared.sum()
+_NO_REPORT = None, 0, 0
+
+
+def _taken(shared: Shared | None) -> tuple[Tensor | None, Tensor | None, tuple[int, int, int], bool]:
+    """What ``normalize`` and ``input_gradient`` take of what all ranks have written: ``sums``, ``record``, ``(exchange,
+    ranks, distance)`` and ``GATHERED``.
+    """
+    if shared is None:
+        return None, None, (0, 0, 0), False
+    parts, raw, report = shared
+    record, exchange, ranks = _NO_REPORT if report is None else report.taken()
+    if raw:
+        return parts, record, (exchange, ranks, 0), False
+    return parts, record, (exchange, parts.shape[0], parts.stride(0)), True
 
 
 def _is_plain(running: Running) -> bool:
@@ -429,11 +442,10 @@ def _normalize(
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
-    sums: Tensor | None,
+    shared: Shared | None,
     stats: Tensor,
     running: Running | None,
     eps: float,
-    report: Report | None,
 ) -> None:
     mean = var = batches = None
     momentum: float | None = 0.0
@@ -446,7 +458,7 @@ def _normalize(
     if mean is None or var is None:
         mean = var = None
         cumulative = False
-    record, exchange, ranks = _NO_REPORT if report is None else report.taken()
+    sums, record, numbers, gathered = _taken(shared)
     _launch(
         layout, data, triton_kernels.normalize, layout.programs,
         (
@@ -454,14 +466,10 @@ def _normalize(
             sums, stats, mean, var, batches, record,
         ),
         (
-            exchange, ranks, 0.0 if momentum is None else float(momentum), float(eps), *layout.sizes,
-            layout.per_split,
+            *numbers, 0.0 if momentum is None else float(momentum), float(eps), *layout.sizes, layout.per_split,
         ),
-        (*layout.tile, relu, cumulative),
+        (*layout.tile, gathered, relu, cumulative),
     )  # fmt: skip
-
-
-_NO_REPORT = None, 0, 0
 
 
 def relu_gradient(
@@ -493,7 +501,7 @@ def _relu_gradient(
     data = layout.laid_out(x)
     masked = _like(data, grad.dtype)
     if x.numel() > 0:
-        _input_gradient(layout, grad, data, stats, weight, bias, residual, True, None, None, masked, None)
+        _input_gradient(layout, grad, data, stats, weight, bias, residual, True, None, None, masked)
     return layout.restored(masked, x)
 
 
@@ -504,7 +512,7 @@ def _like(t: Tensor, dtype: torch.dtype) -> Tensor:
 def gradient_sums(grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
     """See ``reference``."""
     packed = torch.empty(2 * x.shape[1], dtype=torch.float64, device=x.device)
-    outputs = packed, None, None
+    outputs = packed, None, None, None
     _sum_gradients(grad, x, torch.cat([mean, invstd]), None, None, None, False, outputs, 0, 0, headed=False)
     return packed
 
@@ -516,10 +524,11 @@ def pack_gradient_sums(
     grad, x, _, stats, weight, bias, residual, relu = operands
     gradients = tuple([None if d is None else stats.new_empty(x.shape[1], dtype=d) for d in dtypes])
     headed = message is not None and message.number > 0
-    target, tag, number = None, 0, 0
+    target, header, tag, number = None, None, 0, 0
     if message is not None:
-        target, tag, number = message.whole if headed else message.payload, message.tag, message.number
-    outputs = target, *gradients
+        target, header = message.whole if headed else message.payload, message.header
+        tag, number = message.tag, message.number
+    outputs = target, header, *gradients
     _sum_gradients(grad, x, stats, weight, bias, residual, relu, outputs, tag, number, headed=headed)
     return gradients
 
@@ -570,14 +579,14 @@ def input_gradient(
 ) -> Tensor:
     """See ``reference``."""
     stats = torch.cat([mean, invstd, count.view(1)])
-    return _both_gradients(grad, x, stats, weight, None, None, False, sums.contiguous(), False, None)[0]
+    shared = Shared(sums.contiguous()[None], True)
+    return _both_gradients(grad, x, stats, weight, None, None, False, shared, False)[0]
 
 
 def shared_input_gradient(operands: Operands, shared: Shared, wants_g: bool) -> tuple[Tensor, Tensor | None]:
     """See ``reference``; without a mask."""
     grad, x, _, stats, weight, bias, residual, relu = operands
-    sums = _summed(shared)
-    return _both_gradients(grad, x, stats, weight, bias, residual, relu, sums, wants_g, shared.report)
+    return _both_gradients(grad, x, stats, weight, bias, residual, relu, shared, wants_g)
 
 
 def _both_gradients(
@@ -588,16 +597,15 @@ def _both_gradients(
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
-    sums: Tensor,
+    shared: Shared,
     wants_g: bool,
-    report: Report | None,
 ) -> tuple[Tensor, Tensor | None]:
     layout = _layout(x, 2)
     data = layout.laid_out(x)
     dx = torch.empty_like(data)
     passed = _like(data, grad.dtype) if wants_g else None
     if x.numel() > 0:
-        _input_gradient(layout, grad, data, stats, weight, bias, residual, relu, sums, dx, passed, report)
+        _input_gradient(layout, grad, data, stats, weight, bias, residual, relu, shared, dx, passed)
     return layout.restored(dx, x), None if passed is None else layout.restored(passed, x)
 
 
@@ -610,17 +618,16 @@ def _input_gradient(
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
-    sums: Tensor | None,
+    shared: Shared | None,
     dx: Tensor | None,
     passed: Tensor | None,
-    report: Report | None,
 ) -> None:
     residual = None if residual is None or not relu else layout.laid_out(residual)
-    record, exchange, ranks = _NO_REPORT if report is None else report.taken()
+    sums, record, numbers, gathered = _taken(shared)
     _launch(
         layout, data, triton_kernels.input_gradient, layout.programs,
         (
             layout.laid_out(grad), data, residual, _vector(weight), _vector(bias), stats, sums, dx, passed, record,
         ),
-        (exchange, ranks, *layout.sizes, layout.per_split), (*layout.tile, relu),
+        (*numbers, *layout.sizes, layout.per_split), (*layout.tile, gathered, relu),
     )  # fmt: skip

@@ -24,9 +24,10 @@ import os
 import triton
 import triton.language as tl
 
-from syncbn.wire import SLOTS
+from syncbn import wire
 
-HEAD = tl.constexpr(SLOTS)  # slots in front of a message's payload
+HEAD = tl.constexpr(wire.SLOTS)  # slots in front of a message's payload
+HEADER = tl.constexpr(wire.HEAD)  # float64 of the header in front of these, where messages are gathered
 BUCKET = tl.constexpr(1024)  # a message is never longer than its content by more than this
 RUN = tl.constexpr(32)
 COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1")
@@ -162,8 +163,11 @@ def _split_moments(
 
 
 @triton.jit
-def _write_head(message, tag, number, length, content, broken):
-    """The slots in front of the payload, and zeros behind it."""
+def _write_head(message, header, tag, number, length, content, broken):
+    """The slots in front of the payload, and zeros behind it; the header, if there is one, in front of all."""
+    if header is not None:
+        place = tl.arange(0, HEADER)
+        tl.store(message - HEADER + place, tl.load(header + place))
     slot = tl.arange(0, 8)
     t = tl.cast(tag, tl.float64)
     values = tl.where(slot == 0, t, 0.0)
@@ -207,6 +211,29 @@ def _report(record, sums, exchange, ranks):
 
 
 @triton.jit
+def _report_each(record, parts, distance, exchange, ranks):
+    """``_report`` where each rank's message was gathered: all headers and slots, if the host must look."""
+    fronts = parts - HEAD - HEADER
+    word = tl.arange(0, 2 * HEADER)
+    in_header = word < HEADER
+    first = tl.load(fronts.to(tl.pointer_type(tl.int64), bitcast=True) + word, mask=in_header, other=0)
+    look = tl.full([], 0, tl.int32)
+    for rank in range(0, ranks):
+        front = fronts + rank * distance
+        header = tl.load(front.to(tl.pointer_type(tl.int64), bitcast=True) + word, mask=in_header, other=0)
+        said = (tl.load(front + HEADER + 2) != 0) | (tl.load(front + HEADER + 4) != 0)
+        look += tl.max((header != first).to(tl.int32), 0) + said.to(tl.int32)
+    if look > 0:
+        empty = tl.load(record + word * 0) == 0
+        for rank in range(0, ranks):
+            mask = word < HEADER + HEAD
+            values = tl.load(fronts + rank * distance + word, mask=mask, other=0.0)
+            tl.store(record + 1 + rank * (HEADER + HEAD) + word, values, mask=mask & empty)
+        tl.debug_barrier()
+        tl.store(record + word, tl.cast(exchange, tl.float64) + word * 0.0, mask=(word == 0) & empty)
+
+
+@triton.jit
 def _any_broken(first, second, inside):
     broken = inside & ~(_is_finite(first) & _is_finite(second))
     return tl.max(broken.to(tl.int32), 0)
@@ -214,7 +241,7 @@ def _any_broken(first, second, inside):
 
 @triton.jit(do_not_specialize=["tag", "number", "length", "images", "channels", "units", "splits"])
 def measure(
-    x, partials, message, tag, number, length, images, channels, units, splits,
+    x, partials, message, header, tag, number, length, images, channels, units, splits,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, RUNS: tl.constexpr, HEADED: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -242,7 +269,7 @@ def measure(
         if HEADED:
             payload = message + HEAD
             broken = _any_broken(first, second, inside).to(tl.float64)
-            _write_head(message, tag, number, length, HEAD + 1 + 2 * channels, broken)
+            _write_head(message, header, tag, number, length, HEAD + 1 + 2 * channels, broken)
         tl.store(payload, n)
         _write_pair(payload + 1, first, second, c, inside, channels)
     else:
@@ -251,7 +278,7 @@ def measure(
             tl.store(partials + 2 * splits * channels + split, n)
         if HEADED:
             if tl.program_id(0) == 0:
-                _write_head(message, tag, number, length, HEAD + 1 + 2 * channels, 0.0)
+                _write_head(message, header, tag, number, length, HEAD + 1 + 2 * channels, 0.0)
 
 
 @triton.jit(do_not_specialize=["number", "channels", "splits"])
@@ -313,6 +340,41 @@ def _read_sums(sums, c, inside, channels, eps):
 
 
 @triton.jit
+def _merge(parts, distance, ranks, c, inside, channels, eps):
+    """The same out of each rank's ``(n, mean[C], m2[C])``, merged in rank order."""
+    n = tl.full([], 0.0, tl.float64)
+    mean = tl.zeros_like(c).to(tl.float64)
+    m2 = tl.zeros_like(c).to(tl.float64)
+    for rank in range(0, ranks):
+        part = parts + rank * distance
+        other = tl.load(part)
+        delta = tl.load(part + 1 + c, mask=inside, other=0.0) - mean
+        union = n + other
+        share = other * _reciprocal(tl.maximum(union, 1.0))
+        mean += delta * share
+        m2 += tl.load(part + 1 + channels + c, mask=inside, other=0.0) + delta * delta * (n * share)
+        n = union
+    return n, mean, m2, tl.rsqrt(m2 * _reciprocal(tl.maximum(n, 1.0)) + eps)
+
+
+@triton.jit
+def _statistics(sums, distance, ranks, c, inside, channels, eps, GATHERED: tl.constexpr):
+    if GATHERED:
+        n, mean, m2, deviation = _merge(sums, distance, ranks, c, inside, channels, eps)
+    else:
+        n, mean, m2, deviation = _read_sums(sums, c, inside, channels, eps)
+    return n, mean, m2, deviation
+
+
+@triton.jit
+def _look(record, sums, distance, exchange, ranks, GATHERED: tl.constexpr):
+    if GATHERED:
+        _report_each(record, sums, distance, exchange, ranks)
+    else:
+        _report(record, sums, exchange, ranks)
+
+
+@triton.jit
 def _affine(mean, invstd, weight, bias, c, inside):
     """Pivot, scale and shift in float32: ``(x - pivot) * scale + shift`` is the output. The same bits each time."""
     scale = invstd
@@ -361,16 +423,17 @@ def _remember(running_mean, running_var, n, mean, m2, momentum, c, inside):
     _move(running_var, var, keep, momentum, c, inside)
 
 
-@triton.jit(do_not_specialize=["exchange", "ranks", "images", "channels", "units", "per_split"])
+@triton.jit(do_not_specialize=["exchange", "ranks", "distance", "images", "channels", "units", "per_split"])
 def normalize(
     x, y, residual, weight, bias, sums, stats, running_mean, running_var, batches, record,
-    exchange, ranks, momentum: tl.float64, eps: tl.float64, images, channels, units, per_split,
+    exchange, ranks, distance, momentum: tl.float64, eps: tl.float64, images, channels, units, per_split,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
-    WIDE: tl.constexpr, RELU: tl.constexpr, CUMULATIVE: tl.constexpr,
+    WIDE: tl.constexpr, GATHERED: tl.constexpr, RELU: tl.constexpr, CUMULATIVE: tl.constexpr,
 ):  # fmt: skip
     """Write the output; with ``sums``, first derive mean and invstd, write them, and move the running statistics.
 
-    ``stats`` is ``(mean[C], invstd[C], n)``, read or written. With a ``record``, what the slots in front of the sums
+    ``stats`` is ``(mean[C], invstd[C], n)``, read or written. ``sums`` is the sum over ranks, or with ``GATHERED`` the
+    first of ``ranks`` triples, ``distance`` float64 apart. With a ``record``, what the slots in front of them
     say of ranks that disagree is written there. The items are taken from the last to the first: the last were read last
     before, and may still be in the cache.
     """
@@ -385,7 +448,7 @@ def normalize(
     c = block * BC + tl.arange(0, BC)
     inside = c < channels
     if sums is not None:
-        n, mu, m2, deviation = _read_sums(sums, c, inside, channels, eps)
+        n, mu, m2, deviation = _statistics(sums, distance, ranks, c, inside, channels, eps, GATHERED)
         if split == 0:
             _write_pair(stats, mu, deviation, c, inside, channels)
             if running_mean is not None:
@@ -394,7 +457,7 @@ def normalize(
         if tl.program_id(0) == 0:
             tl.store(stats + 2 * channels, n)
             if record is not None:
-                _report(record, sums, exchange, ranks)
+                _look(record, sums, distance, exchange, ranks, GATHERED)
             if batches is not None:
                 counted = tl.load(batches) + (n > 0).to(tl.int64)
                 if CUMULATIVE:
@@ -402,7 +465,7 @@ def normalize(
                     weight_of_new = 1.0 / tl.maximum(counted, 1).to(tl.float64)
                     for other in range(0, blocks):
                         k = other * BC + tl.arange(0, BC)
-                        _, mu_k, m2_k, _ = _read_sums(sums, k, k < channels, channels, eps)
+                        _, mu_k, m2_k, _ = _statistics(sums, distance, ranks, k, k < channels, channels, eps, GATHERED)
                         _remember(running_mean, running_var, n, mu_k, m2_k, weight_of_new, k, k < channels)
                     tl.debug_barrier()  # each warp has read the counter, before one of them stores it
                 tl.store(batches, counted)
@@ -475,7 +538,7 @@ def sum_gradients(
 
 @triton.jit(do_not_specialize=["tag", "number", "length", "channels", "splits"])
 def finish_gradients(
-    partials, stats, message, dweight, dbias, tag, number, length, channels, splits,
+    partials, stats, message, header, dweight, dbias, tag, number, length, channels, splits,
     BC: tl.constexpr, BS: tl.constexpr, HEADED: tl.constexpr,
 ):  # fmt: skip
     """Add up the sums of all splits; write the message, and the gradients of the parameters."""
@@ -498,7 +561,7 @@ def finish_gradients(
         if HEADED:
             payload = message + HEAD
             if tl.program_id(0) == 0:
-                _write_head(message, tag, number, length, HEAD + 2 * channels, 0.0)
+                _write_head(message, header, tag, number, length, HEAD + 2 * channels, 0.0)
         _write_pair(payload, total, dot, c, inside, channels)
     if dweight is not None:
         tl.store(dweight + c, _rounded(dot, dweight.dtype.element_ty), mask=inside)
@@ -506,16 +569,16 @@ def finish_gradients(
         tl.store(dbias + c, _rounded(total, dbias.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["exchange", "ranks", "images", "channels", "units", "per_split"])
+@triton.jit(do_not_specialize=["exchange", "ranks", "distance", "images", "channels", "units", "per_split"])
 def input_gradient(
     grad, x, residual, weight, bias, stats, sums, dx, dresidual, record,
-    exchange, ranks, images, channels, units, per_split,
+    exchange, ranks, distance, images, channels, units, per_split,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
-    WIDE: tl.constexpr, RELU: tl.constexpr,
+    WIDE: tl.constexpr, GATHERED: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """``dx``, and the gradient behind the rectifier, whichever is asked for; items from the last to the first.
 
-    ``record``: as in ``normalize``.
+    ``sums``, ``ranks``, ``distance`` and ``record``: as in ``normalize``; what is gathered is added up.
     """
     if COLUMNS:
         channels = units * ALIGN
@@ -532,9 +595,14 @@ def input_gradient(
     if dx is not None:
         if record is not None:
             if tl.program_id(0) == 0:
-                _report(record, sums, exchange, ranks)
+                _look(record, sums, distance, exchange, ranks, GATHERED)
         share = _reciprocal(tl.maximum(tl.load(stats + 2 * channels), 1.0))
         sum_g, sum_gx = _read_pair(sums, c, inside, channels)
+        if GATHERED:
+            for rank in range(1, ranks):
+                some_g, some_gx = _read_pair(sums + rank * distance, c, inside, channels)
+                sum_g += some_g
+                sum_gx += some_gx
         slope = sum_gx * share * deviation
         level = sum_g * share + slope * (pivot.to(tl.float64) - mu)
         wide_scale = deviation

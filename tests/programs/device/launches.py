@@ -17,7 +17,7 @@ from syncbn.kernels import triton
 from syncbn.kernels.operands import Operands
 from syncbn.memory import Running
 from syncbn.messages import Message, Report, Shared
-from syncbn.wire import SLOTS
+from syncbn.wire import HEAD, SLOTS
 
 host = load(ROOT / "benchmarks" / "host.py")
 C = 16
@@ -56,21 +56,24 @@ def vectors(dtype: torch.dtype | None) -> Tensor | None:
     return None if dtype is None else torch.ones(C, dtype=dtype)
 
 
-def step(x: Tensor, relu: bool, parameters: torch.dtype | None, momentum: float | None, headed: bool) -> None:
+def step(
+    x: Tensor, relu: bool, parameters: torch.dtype | None, momentum: float | None, headed: bool, gathered: bool
+) -> None:
     """All launches of a training step."""
     grad, residual = torch.ones_like(x), torch.ones_like(x) if relu else None
     weight, bias = vectors(parameters), vectors(parameters)
     whole = torch.zeros(SLOTS + 2 * C + 1, dtype=torch.float64)
-    message = Message(whole, whole[SLOTS:], True, 70000, 3 if headed else 0)
+    given = (not gathered, 70000, 3 if headed else 0, torch.zeros(HEAD, dtype=torch.float64) if gathered else None)
+    message = Message(whole, whole[SLOTS:], *given)
     report = Report(torch.zeros(8, dtype=torch.float64), 4097, 8) if headed else None
     triton.pack_moments(x, None, message)
     running = Running(torch.zeros(C), torch.ones(C), momentum, torch.tensor(0))
-    shared = Shared(message.payload[None], True, report)
+    shared = Shared(message.payload[None], not gathered, report)
     _, stats, _ = triton.normalize_shared(x, None, shared, weight, bias, residual, relu, 1e-5, running)
     operands = Operands(grad, x, None, stats, weight, bias, residual, relu)
-    backward = Message(whole[:-1], whole[SLOTS:-1], True, 70000, 3 if headed else 0)
+    backward = Message(whole[:-1], whole[SLOTS:-1], *given)
     triton.pack_gradient_sums(operands, backward, (parameters, parameters))
-    triton.shared_input_gradient(operands, Shared(backward.payload[None], True, report), relu)
+    triton.shared_input_gradient(operands, Shared(backward.payload[None], not gathered, report), relu)
     if relu:
         triton.passed_gradient(operands)
 
@@ -104,7 +107,7 @@ def test_they_are_those_that_triton_makes(
     monkeypatch.setattr(triton, "_launch", three_times)
     x = torch.zeros(4 * C * 15 + offset, dtype=torch.bfloat16)[offset:]
     x = x.view(4, 15, C).movedim(-1, 1) if columns else x.view(4, C, 15)
-    step(x, relu, parameters, momentum, headed)
+    step(x, relu, parameters, momentum, headed, gathered=columns)
     assert names == [
         "measure", "finish_moments", "normalize", "sum_gradients", "finish_gradients", "input_gradient",
         *(["input_gradient"] if relu else []),

@@ -22,11 +22,12 @@ import syncbn
 from helpers.oracle import TOLERANCE, assert_matches, close, step, whole_batch
 from helpers.ranks import run_ranks
 from syncbn import comm, kernels
+from syncbn.comm.all_gather import AllGatherOnDevice
 from syncbn.comm.all_reduce import AllReduceOnDevice
 from syncbn.kernels import triton
 from syncbn.memory import Running
 from syncbn.modules import memory_of
-from syncbn.wire import SLOTS
+from syncbn.wire import FRONT, HEAD, SLOTS
 from test_no_sync import WAITING
 
 # numpy, in which the interpreter computes, warns of what is not finite, and of what older interpreters do with it.
@@ -51,6 +52,19 @@ class OnDevice(AllReduceOnDevice):
 
     def _check_later(self, slots: Tensor, call: Any, width: int, number: int) -> None:
         self._check(tuple(slots.cpu().numpy().tolist()), call, width, number)
+
+
+class Gathering(AllGatherOnDevice):
+    """The other link of a device, likewise."""
+
+    def _gather(self, own: Tensor, call: Any, width: int) -> Tensor:
+        values = own.cpu().numpy()
+        assert np.isfinite(values[FRONT:]).all() or values[HEAD + 4] == 1, "unwritten memory in a message"
+        launches[threading.get_ident()].append("gather")
+        return super()._gather(own, call, width)
+
+    def _check_later(self, front: Tensor, call: Any, width: int, number: int) -> None:
+        self._examine(front.cpu(), call, width, number)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -83,12 +97,13 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_default_device(before)
 
 
-def connect(group: Any) -> None:
+def connect(group: Any, make: Any = OnDevice) -> Any:
     torch.set_default_device(DEVICE)  # (of this thread)
     # A backward on a GPU runs in one thread for all ranks of this process, in which they would wait for each other.
     torch.autograd.set_multithreading_enabled(False)
     device = torch.zeros(1).device  # with its index
-    comm._links[group] = {device: OnDevice(group, device)}
+    comm._links[group] = {device: make(group, device)}
+    return comm._links[group][device]
 
 
 def finish() -> None:
@@ -138,6 +153,81 @@ def test_the_layer_is_that_of_the_whole_batch(sizes: Any, case: Any, with_residu
     assert_matches(results, expected, dtype)
     for result in results:
         assert result["num_batches_tracked"] == 1
+
+
+GATHERED = [
+    ((5, 4, 3), "rows", torch.float32, {"activation": "relu", "momentum": None}, (2, 0, 3), 2.0),
+    ((6, 2, 2), "columns", torch.float16, {}, (3, 2), 2.0),
+    ((5,), "rows", torch.float32, {}, (9, 1, 30), 1e3),
+]
+
+
+@pytest.mark.parametrize("case", GATHERED, ids=str)
+def test_the_layer_over_an_all_gather(case: Any) -> None:
+    """The launches are those over an all-reduce; triples travel, which lose nothing far from zero; bits are equal."""
+    shape, layout, dtype, options, sizes, offset = case
+    xs, gs = ([torch.randn(n, *shape).add(mean).to(dtype) for n in sizes] for mean in (offset, 0.0))
+    if layout == "columns":
+        xs = [x.contiguous(memory_format=torch.channels_last) for x in xs]
+    relu = "activation" in options
+
+    def body(rank: int, group: Any) -> Any:
+        connect(group, Gathering)
+        layer = syncbn.SyncBatchNorm(shape[0], process_group=group, **options)
+        launches[threading.get_ident()] = made = []
+        result = step(layer, xs[rank], gs[rank], xs[rank] if relu else None)
+        names = FORWARD + BACKWARD if len(xs[rank]) else EMPTY
+        assert made == ["gather" if name == "sum" else name for name in names]
+        return result
+
+    expected = whole_batch(
+        xs, gs, momentum=options.get("momentum", 0.1), residuals=xs if relu else None, relu=relu
+    )  # fmt: skip
+    results = run_ranks(len(xs), body)
+    assert_matches(results, expected, dtype)
+    for result in results:
+        assert torch.equal(result["running_var"], results[0]["running_var"])
+        assert result["num_batches_tracked"] == 1
+
+
+@pytest.mark.parametrize("fault", ["calls", "refusal", "nan"])
+def test_kernels_report_all_ranks_over_an_all_gather(fault: str) -> None:
+    """Each rank that differs is named, some exchanges later, with nothing copied to the host."""
+
+    def body(rank: int, group: Any) -> str:
+        link = connect(group, Gathering)
+        launches[threading.get_ident()] = []
+        link._check_later = None
+        layers = [syncbn.SyncBatchNorm(3, process_group=group) for _ in range(2)]
+        for name, layer in zip("ab", layers, strict=True):
+            layer.layer_name = name
+        x = torch.randn(4, 3)
+        layers[0](x)
+        if fault == "refusal" and rank == 1:
+            with pytest.raises(ValueError):
+                layers[0](torch.randn(4, 5))
+            return ""
+        layers[rank if fault == "calls" else 0](x if fault != "nan" or rank == 0 else x / 0)
+        finish()
+        if fault == "nan":
+            link._warned.add("a")  # (threads cannot catch warnings one by one)
+            layers[0](x)
+            return link._broken_ranks(None)
+        with pytest.raises(syncbn.RankMismatchError) as caught:
+            link.settle()
+        return str(caught.value)
+
+    said = run_ranks(2, body)
+    if fault == "calls":
+        for rank, text in enumerate(said):
+            assert "rank 0: forward of layer 'a' (3 channels, gradients for weight, bias, call 1)" in text
+            assert "rank 1: forward of layer 'b' (3 channels, gradients for weight, bias, call 1)" in text
+            assert f"This is rank {rank}" in text
+    elif fault == "refusal":
+        assert "rank 1 could not make the call that rank 0 made (forward of layer 'a'" in said[0]
+        assert "rank 1: ValueError: " in said[0]
+    else:
+        assert said == ["rank 1"] * 2
 
 
 def test_only_what_is_wanted_is_done() -> None:
