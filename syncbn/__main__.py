@@ -18,6 +18,7 @@ from syncbn.diagnostics import command as noise
 _VARIABLES = """environment variables:
   SYNCBN_CHECKS=on|off|sync    whether ranks compare what they are about to exchange (default: on)
   SYNCBN_SOCKETS=on|off        Unix sockets between the ranks of a host (default: on)
+  SYNCBN_GATHER=RANKS          on GPUs, gather the messages of up to so many ranks of one node; 0: add them up (default)
   SYNCBN_KERNELS=native|aten   compiled loops on CPUs, or PyTorch's operators (default: native, where built)
   SYNCBN_PIN=CORES             pin ranks where there are so many cores for each; 0: never (see launch --help)
 

@@ -109,7 +109,7 @@ def test_doctor_says_what_is_switched_off(
     assert main(["doctor", "--no-mpi", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["settings"] | {"environment": None} == {
-        "checks": "on", "kernels": "aten", "sockets": "off", "pin": "", "environment": None
+        "checks": "on", "kernels": "aten", "sockets": "off", "gather": "0", "pin": "", "environment": None
     }  # fmt: skip
     assert report["settings"]["environment"]["SYNCBN_SOCKETS"] == "off"
     assert report["kernels"].startswith("ATen on CPUs (SYNCBN_KERNELS=aten)")
@@ -119,7 +119,7 @@ def test_doctor_says_what_is_switched_off(
 def test_values_that_there_are_not_are_lines_and_the_rest_is_looked_at(
     alone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("CHECKS", "KERNELS", "SOCKETS", "PIN"):
+    for name in ("CHECKS", "KERNELS", "SOCKETS", "GATHER", "PIN"):
         monkeypatch.setenv(f"SYNCBN_{name}", "nonsense")
     assert main(["doctor", "--no-mpi", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -127,6 +127,7 @@ def test_values_that_there_are_not_are_lines_and_the_rest_is_looked_at(
         "settings: the environment variable SYNCBN_CHECKS must be on, off or sync",
         "settings: the environment variable SYNCBN_KERNELS must be native or aten",
         "settings: the environment variable SYNCBN_SOCKETS must be on or off",
+        "settings: the environment variable SYNCBN_GATHER must be a number of ranks, 0 or more",
         "settings: SYNCBN_PIN must be a number of cores per rank (0: do not pin)",
     ]
     assert [test["works"] for test in report["tests"]] == [True]

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from syncbn import _version, kernels, launch
 from syncbn._doctor.words import one_line
 from syncbn.comm import handshake
-from syncbn.comm.base import checks
+from syncbn.comm.base import checks, gather_limit
 from syncbn.kernels import native
 
 PACKAGE = Path(__file__).parents[1]
@@ -38,6 +38,7 @@ CHOICES: dict[str, Callable[[], str]] = {
     "SYNCBN_CHECKS": checks,
     "SYNCBN_KERNELS": kernels.choice,
     handshake.SWITCH: handshake.chosen,
+    "SYNCBN_GATHER": lambda: str(gather_limit()),
     "SYNCBN_PIN": launch.chosen_cores,
 }
 """The environment variables that choose how layers and ranks run, and what gives the choice, or raises ValueError."""
