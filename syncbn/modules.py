@@ -250,7 +250,7 @@ def memory_of(layer: Any) -> Memory | None:
     tracked = layer.track_running_stats
     if layer.running_mean is None:
         return None
-    if torch.compiler.is_compiling():  # a compiler sees to its own recomputations
+    if torch.compiler.is_compiling():  # a compiler sees to its own recomputations, and a graph to those around it
         if not tracked:
             return None
     elif not counts(layer, tracked):

@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import syncbn
+import syncbn.compiled
 from helpers.links import forced
 from helpers.oracle import assert_matches, step, whole_batch
 from syncbn import comm
@@ -204,6 +206,26 @@ def test_autocast() -> None:
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(model[1].running_var, eager[1].running_var, rtol=1e-3, atol=1e-4)
     y.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("loops", [True, False])
+def test_a_checkpoint_around_a_graph_counts_the_batch_once(
+    reentrant: bool, loops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not loops:
+        monkeypatch.setattr(syncbn.compiled.kernels, "loops_for", lambda dtype: False)
+    layer = affine_layer(3)
+    x, g = torch.randn(4, 3, 2) + 2, torch.randn(4, 3, 2)
+    expected = step(copy.deepcopy(layer), x, g)
+    run = compiled(layer)
+    x.requires_grad_()
+    checkpoint(run, x, use_reentrant=reentrant).backward(g)
+    assert layer.num_batches_tracked == 1
+    torch.testing.assert_close(layer.running_mean, expected["running_mean"])
+    torch.testing.assert_close(x.grad, expected["dx"])
+    run(x)  # and outside of it as ever
+    assert layer.num_batches_tracked == 2
 
 
 def test_one_value_per_channel_is_an_error_that_names_the_layer() -> None:

@@ -22,7 +22,7 @@ from helpers.commands import PROGRAMS, ROOT, must, python
 from helpers.oracle import close
 from helpers.processes import run_processes
 from helpers.ranks import run_ranks
-from programs.integrations import STEPS, data, network, part, run, sgd, state, train
+from programs.integrations import MICRO, STEPS, data, network, part, run, sgd, squares, state, train
 from test_packaging import CONSTRAINTS
 
 PAGE = (ROOT / "docs" / "integrations.md").read_text()
@@ -37,6 +37,7 @@ RUN_BY = {
     "FSDP2": "test_fsdp_mixed_precision",
     "DeviceMesh": "test_mesh",
     "DTensor": "test_dtensor",
+    "Pipelines": "test_pipeline",
     "Lightning": "test_lightning",
     "Lightning Fabric": "test_lightning",
     "Accelerate": "test_accelerate",
@@ -86,6 +87,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     names = RUNS + [name for name in ("accelerate", "tensorboard") if installed(name)]
     ranks = run_processes(2, run, folder / "processes", folder, RECIPES, names)
     return {name: [rank[name] for rank in ranks] for name in names} | {"folder": [folder]}
+
+
+@pytest.fixture(scope="module")
+def results_of_four(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The same of four processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    names = ["mesh", "dtensor", "pipeline"]
+    ranks = run_processes(4, run, folder / "processes", folder, RECIPES, names)
+    return {name: [rank[name] for rank in ranks] for name in names}
 
 
 def installed(name: str) -> bool:
@@ -308,10 +318,8 @@ def test_tensorboard(results: Results) -> None:
 
 
 @pytest.mark.integration
-def test_mesh(tmp_path: Path) -> None:
-    ranks = run_processes(4, run, tmp_path / "processes", tmp_path, RECIPES, ["mesh"])
-    results = of({"mesh": [rank["mesh"] for rank in ranks]}, "mesh")
-    for rank, (pair, sliced, hybrid) in enumerate(results):
+def test_mesh(results_of_four: Results) -> None:
+    for rank, (pair, sliced, hybrid) in enumerate(of(results_of_four, "mesh")):
         column = rank % 2
         same(pair, whole(4, slice(part(2 * column).start, part(2 * column + 1).stop)))
         same(sliced, pair)
@@ -319,17 +327,32 @@ def test_mesh(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_dtensor(tmp_path: Path) -> None:
-    ranks = run_processes(4, run, tmp_path / "processes", tmp_path, RECIPES, ["dtensor"])
+def test_dtensor(results_of_four: Results) -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(2).double()
     x, _ = data(2)[0]
     y = norm(x)
     y.pow(3).mean().backward()
-    for trained, output, gradient in of({"dtensor": [rank["dtensor"] for rank in ranks]}, "dtensor"):
+    for trained, output, gradient in of(results_of_four, "dtensor"):
         close(output, y, 1e-11, 1e-11, "y")
         close(gradient, norm.weight.grad, 1e-11, 1e-11, "dweight")
         same(trained, nn.Sequential(norm).state_dict())
+
+
+@pytest.mark.integration
+def test_pipeline(results_of_four: Results) -> None:
+    """Each micro-batch has one sample of each of two ranks."""
+    net = network()
+    for x, _ in data(4):
+        net.zero_grad()
+        for one, other in zip(*x[: 2 * MICRO].split(MICRO), strict=True):
+            (squares(net(torch.stack([one, other])), x) / MICRO).backward()
+    stages = net[:3], net[3:]
+    for stage, trained, gradients in of(results_of_four, "pipeline"):
+        same(trained, stages[stage].state_dict())
+        for gradient, parameter in zip(gradients, stages[stage].parameters(), strict=True):
+            assert parameter.grad is not None
+            close(gradient, parameter.grad, 1e-10, 1e-10, "gradient")
 
 
 # ---- in this process

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from syncbn import arguments, kernels
 from syncbn.arguments import Vectors
+from syncbn.checkpointing import recomputing
 from syncbn.compiled import exchange
 from syncbn.compiled.formulas import Formulas
 from syncbn.compiled.loops import Loops, move
@@ -34,6 +35,8 @@ exchange.library.define(
     "Tensor(b!)? var, Tensor(c!)? batches, float? momentum, float eps, bool relu, str group, str layer, int flags, "
     "int? channels, int source) -> (Tensor, Tensor)"
 )
+
+exchange.library.define("to_count(Tensor moments) -> Tensor")
 
 _HERE = Path(__file__).parent
 _MADE_OF = [*sorted(_HERE.glob("*.py")), *(_HERE.with_name(f"{name}.py") for name in ("memory", "moments"))]
@@ -106,5 +109,16 @@ def _batch_norm(
     if mean is not None and var is not None and loops:
         move(moments, mean, var, batches, momentum)
     else:
-        Running(mean, var, momentum, batches).move(unpack(moments))
+        Running(mean, var, momentum, batches).move(unpack(torch.ops.syncbn.to_count(moments)))
     return y, moments
+
+
+@torch.library.register_fake("syncbn::to_count", lib=exchange.library)  # type: ignore[untyped-decorator, unused-ignore]
+def _(moments: Tensor) -> Tensor:
+    return torch.empty_like(moments)
+
+
+@torch.library.impl(exchange.library, "to_count", "CompositeExplicitAutograd")
+def _to_count(moments: Tensor) -> Tensor:
+    """The moments, or those of an empty batch where a checkpoint around the graph runs it again."""
+    return torch.zeros_like(moments) if recomputing() else moments.clone()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncbn import wire
+from syncbn.checkpointing import recomputing
 from syncbn.compiled import exchange
 from syncbn.compiled.exchange import library
 from syncbn.kernels import native
@@ -197,10 +198,14 @@ def _input_gradient(
 def _moved(
     moments: Tensor, mean: Tensor, var: Tensor, batches: Tensor | None, momentum: float | None
 ) -> tuple[Tensor, ...]:
-    """The running statistics after the batch; what nobody counts without elements."""
+    """The running statistics after the batch; what nobody counts without elements.
+
+    A graph within a checkpoint is run twice, and counts once.
+    """
     mean, var = mean.clone(), var.clone()
     batches = None if batches is None else batches.clone()
-    Running(mean, var, momentum, batches).move(look(unpack(moments)))
+    if not recomputing():
+        Running(mean, var, momentum, batches).move(look(unpack(moments)))
     return mean, var, moments.new_empty(0) if batches is None else batches
 
 

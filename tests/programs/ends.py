@@ -539,6 +539,7 @@ def over_mpi(seeds: Sequence[int]) -> None:
             store.set(f"{name}/{rank}", "")
             store.wait([f"{name}/{other}" for other in range(world)])
 
+        meet(f"before {seed}")  # rank 0 has checked the last one by then
         outcome = run_rank(
             rank, group, plan, meet, functools.partial(throw, "Interrupt" if plan.end == "drop" else plan.end)
         )

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
@@ -32,6 +33,7 @@ IMPORTS = {
     "AveragedModel": AveragedModel,
     "DistributedDataParallel": DistributedDataParallel,
     "MixedPrecisionPolicy": MixedPrecisionPolicy,
+    "PipelineStage": PipelineStage,
     "Shard": Shard,
     "distribute_tensor": distribute_tensor,
     "fully_shard": fully_shard,
@@ -47,6 +49,10 @@ def network(seed: int = 5) -> nn.Sequential:
         nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(),
         nn.Flatten(), nn.Linear(20, CLASSES),
     ).double()  # fmt: skip
+
+
+def squares(y: Tensor, _: Tensor) -> Tensor:
+    return y.square().sum()
 
 
 def data(ranks: int) -> list[tuple[Tensor, Tensor]]:
@@ -262,6 +268,20 @@ class Rank:
     def dtensor(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         left = self.follow("DTensor", model=nn.Sequential(nn.BatchNorm2d(2)).double(), x=data(2)[0][0])
         return state(left["model"]), left["y"].full_tensor(), left["model"][0].weight.grad
+
+    def pipeline(self) -> tuple[int, dict[str, Tensor], list[Tensor]]:
+        """The stage, its state, and the gradients of the last batch summed over the ranks that share it."""
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipe", "data"))
+        stage, column = mesh.get_local_rank("pipe"), mesh.get_local_rank("data")
+        left = self.follow("Pipelines", part=network()[:3] if stage == 0 else network()[3:], mesh=mesh)
+        schedule = ScheduleGPipe(left["stage"], MICRO, loss_fn=squares)
+        for x, _ in self.batches:
+            left["model"].zero_grad()
+            schedule.step(*([x[part(column)]] if stage == 0 else []), target=torch.zeros(MICRO))
+        gradients = [parameter.grad for parameter in left["model"].parameters()]
+        for gradient in gradients:
+            dist.all_reduce(gradient, group=mesh.get_group("data"))
+        return stage, state(left["model"]), gradients
 
 
 def run(rank: int, size: int, folder: Path, recipes: dict[str, str], names: list[str]) -> dict[str, Any]:
