@@ -1,4 +1,4 @@
-"""The examples run as users run them, through the launcher, and show what they claim to show."""
+"""The examples run as users run them, on ranks, one of them through the launcher, and show what they claim to show."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: ex
 pytest.importorskip("tqdm", reason="tqdm is not installed (extra: examples)")
 
 
-def launch(ranks: int, script: str, *arguments: str | Path) -> str:
+def launch(ranks: int, script: str, *arguments: str | Path, really: bool = False) -> str:
     """Run an example on `ranks` ranks; it must succeed. Returns what it printed."""
-    return must(commands.launch(ranks, script, *arguments))
+    return must(commands.launch(ranks, script, *arguments, really=really))
 
 
 def alone(script: str, *arguments: str | Path) -> commands.Done:
@@ -166,7 +166,8 @@ def test_stacked_networks_are_those_of_their_seeds(
 
 @pytest.mark.integration
 def test_small_batch_shows_the_gap(tmp_path: Path) -> None:
-    out = launch(4, "small_batch.py", "--samples", "2", "--seeds", "1", "--epochs", "4", "--out", tmp_path)
+    options = ("--samples", "2", "--seeds", "1", "--epochs", "4")
+    out = launch(4, "small_batch.py", *options, "--out", tmp_path, really=True)  # as `make demo` starts it
     with (tmp_path / "runs.csv").open() as file:
         rows = {row["norm"]: row for row in csv.DictReader(file)}
     assert set(rows) == {"local", "sync", "group"}

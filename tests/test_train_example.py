@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
+from helpers import commands
+from helpers.commands import EXAMPLES, Done
+
 HAVE_DATA = "sklearn is not installed"
 
 # Each rank in a folder of its own, as on hosts without a shared disk.
@@ -29,27 +28,26 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-def launch(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "syncbn.launch", "-n", "2", *map(str, words)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=cwd, env=env)
+def launch(script: Path, *words: str, cwd: Path) -> Done:
+    return commands.launch(2, script, *words, cwd=cwd, deadline=200.0)
 
 
 @pytest.mark.integration
 @pytest.mark.timeout(400)
 def test_only_rank_0_has_the_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason=HAVE_DATA)
-    (tmp_path / "apart.py").write_text(APART.format(script=str(EXAMPLES / "train.py")))
-    first = launch("apart.py", "--epochs", "1", "--checkpoint", "a.pt", cwd=tmp_path)
+    apart = tmp_path / "apart.py"
+    apart.write_text(APART.format(script=str(EXAMPLES / "train.py")))
+    first = launch(apart, "--epochs", "1", "--checkpoint", "a.pt", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert (tmp_path / "0" / "a.pt").exists() and not (tmp_path / "1" / "a.pt").exists()
-    second = launch("apart.py", "--epochs", "2", "--checkpoint", "a.pt", cwd=tmp_path)
+    second = launch(apart, "--epochs", "2", "--checkpoint", "a.pt", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert "resumed a.pt after epoch 1" in second.stdout and "epoch 2: " in second.stdout
-    third = launch("apart.py", "--epochs", "2", "--checkpoint", "a.pt", cwd=tmp_path)
+    third = launch(apart, "--epochs", "2", "--checkpoint", "a.pt", cwd=tmp_path)
     assert third.returncode == 0 and "nothing is left to train; test accuracy" in third.stdout
     (tmp_path / "1" / "b.pt").write_text("that of another rank is not looked at")
-    other = launch("apart.py", "--epochs", "1", "--checkpoint", "b.pt", cwd=tmp_path)
+    other = launch(apart, "--epochs", "1", "--checkpoint", "b.pt", cwd=tmp_path)
     assert other.returncode == 0 and "resumed" not in other.stdout and "epoch 1: " in other.stdout
 
 
@@ -90,7 +88,8 @@ def test_without_the_extra_it_is_named(script: str, tmp_path: Path) -> None:
     code = "import sys; sys.modules['sklearn'] = sys.modules['sklearn.datasets'] = None; import runpy; "
     code += f"sys.argv = [{script!r}]; sys.path.insert(0, {str(EXAMPLES)!r}); "
     code += f"runpy.run_path({str(EXAMPLES / script)!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    (tmp_path / "without.py").write_text(code)
+    done = commands.launch(1, tmp_path / "without.py", cwd=tmp_path)
     assert done.returncode == 1
     assert re.fullmatch(
         rf"{script} needs sklearn(\.datasets)?, of the extra \[examples\]: pip install '\.\[examples\]'\n",

@@ -15,6 +15,8 @@ from types import ModuleType
 
 import pytest
 
+from helpers import nursery
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 PROGRAMS = ROOT / "tests" / "programs"
@@ -83,7 +85,7 @@ def run(
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 out, err = process.communicate()
-            pytest.fail(f"{process.args} was not done after {deadline} s:\n{out}{err or ''}")
+            pytest.fail(f"{command} was not done after {deadline} s:\n{out}{err or ''}")
     return Done(process.args, process.returncode, out, err or "")
 
 
@@ -107,10 +109,24 @@ def python(*arguments: str | Path, **variables: str) -> Done:
     return run(sys.executable, *arguments, env=environment(**variables), stderr=subprocess.STDOUT)
 
 
-def launch(ranks: int, script: str | Path, *arguments: str | Path) -> Done:
-    """Run a script, or one of the examples, under the launcher."""
-    command = "-m", "syncbn.launch", "-n", str(ranks), EXAMPLES / script
-    return run(sys.executable, *command, *arguments, env=environment(PYTHONWARNINGS="default"))
+def launch(
+    ranks: int,
+    script: str | Path,
+    *arguments: str | Path,
+    cwd: Path = ROOT,
+    really: bool = False,
+    deadline: float = 100.0,
+) -> Done:
+    """Run a script, or one of the examples, on ranks; with ``really`` under the launcher itself, which takes longer."""
+    env = environment(PYTHONWARNINGS="default")
+    command = [str(EXAMPLES / script), *map(str, arguments)]
+    if really:
+        words = [sys.executable, "-m", "syncbn.launch", "-n", str(ranks), *command]
+        return run(*words, env=env, cwd=cwd, deadline=deadline)
+    code, out, err = nursery.run_job(ranks, command, cwd, env, deadline)
+    if code is None:
+        pytest.fail(f"{command} on {ranks} ranks was not done after {deadline} s:\n{out}{err}")
+    return Done(command, code, out, err)
 
 
 def mpiexec(ranks: int, program: str, *arguments: str, deadline: float = 60.0, **variables: str) -> Done:

@@ -42,7 +42,7 @@ class PlainSyncBatchNorm(nn.BatchNorm1d):
         mean, square = total[:channels] / total[-1], total[channels:-1] / total[-1]
         var = square - mean.square()
         with torch.no_grad():
-            self.num_batches_tracked += 1
+            self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean.float(), 0.1)
             self.running_var.lerp_(var.float(), 0.1)
         return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias

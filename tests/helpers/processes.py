@@ -25,13 +25,18 @@ import torch.distributed as dist
 from helpers.commands import IMPORTS
 
 DEADLINE = 90.0
+IMPORTED = [
+    "torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo",
+    "torch._functorch.aot_autograd", "syncbn", "programs.faults",
+]  # fmt: skip
+"""What the server imports, once for all ranks that need it."""
 
 
 @contextlib.contextmanager
 def started(size: int, body: Callable[..., None], *args: Any) -> Iterator[list[Any]]:
     """Processes that run ``body(rank, size, *args)``, a function at the top of a module; none outlives the block."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.nn.parallel", "syncbn", "programs.faults"])
+    context.set_forkserver_preload(IMPORTED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", IMPORTS)  # for the server to import from
         forkserver.ensure_running()

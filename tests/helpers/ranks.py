@@ -19,7 +19,7 @@ DEADLINE = 30.0
 
 def make_group(store: dist.Store, rank: int, size: int, timeout: float = 10.0) -> dist.ProcessGroup:
     """An unregistered process group over gloo."""
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     options._timeout = datetime.timedelta(seconds=timeout)
     backend = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
