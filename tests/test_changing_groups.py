@@ -26,7 +26,7 @@ class Changing(dist.ProcessGroup):
     """As torchft has them: a group that holds another one, a new one by each ``configure``. Its rank says nothing."""
 
     def __init__(self) -> None:
-        super().__init__(0, 1)
+        super().__init__(0, 1)  # type: ignore[call-arg]
         self.parent: Any = None
 
     def configure(self, store: dist.Store, step: int, rank: int, size: int) -> None:
@@ -119,7 +119,8 @@ class Renamed(dist.ProcessGroup):
 
 def test_a_way_is_chosen_by_the_class_of_the_backend() -> None:
     store = dist.HashStore()
-    assert isinstance(comm.link_of(Renamed(0, 2), torch.device("cpu")), comm.AllReduce)
+    renamed = Renamed(0, 2)  # type: ignore[call-arg]
+    assert isinstance(comm.link_of(renamed, torch.device("cpu")), comm.AllReduce)
     links: list[Any] = [None, None]
 
     def look(rank: int) -> None:

@@ -160,7 +160,7 @@ def test_one_import_migrates_a_script() -> None:
 
 def test_the_arguments_are_those_of_torchs_layer() -> None:
     layer = SyncBatchNorm(C, 1e-3, None, False, True, None, "cpu", torch.float64)
-    assert (layer.eps, layer.momentum, layer.weight) == (1e-3, None, None)
+    assert layer.eps == 1e-3 and layer.momentum is None and layer.weight is None
     assert layer.running_mean is not None and layer.running_mean.dtype == torch.float64
     assert SyncBatchNorm(C, bias=False).bias is None
 

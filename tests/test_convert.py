@@ -162,13 +162,15 @@ class NoForward(nn.BatchNorm2d):
 class Two(nn.BatchNorm2d):
     """More than one input and output."""
 
-    def forward(self, input: Tensor, gate: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, input: Tensor, gate: Tensor, *, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         y = super().forward(input)
         return y * gate * scale, y
 
 
 class SubclassOfSync(SyncBatchNorm):
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return -super().forward(input, residual)
 
 
@@ -198,7 +200,7 @@ def test_there_and_back(cls: type[nn.Module]) -> None:
 def test_everything_is_kept(dtype: torch.dtype, track: bool, affine: bool) -> None:
     layer = nn.BatchNorm2d(C, affine=affine, track_running_stats=track, dtype=dtype)
     layer.eval()
-    layer.custom = {"key": 1}
+    layer.custom = {"key": 1}  # type: ignore[assignment]
     calls: list[str] = []
     layer.register_forward_hook(lambda *_: calls.append("forward"))
     layer.register_forward_pre_hook(lambda *_: calls.append("pre"))
@@ -248,8 +250,9 @@ def test_shared_modules() -> None:
     assert model["a"][0] is model["b"][0] is model["c"] is model["d"] is shared
     assert isinstance(shared, SyncBatchNorm)
     revert_sync_batchnorm(model)
-    assert model["a"][0] is model["d"] is shared
-    assert type(shared) is nn.BatchNorm2d
+    back: nn.Module = shared
+    assert model["a"][0] is model["d"] is back
+    assert type(back) is nn.BatchNorm2d
 
 
 def test_other_normalizations_are_untouched() -> None:
@@ -566,7 +569,8 @@ def test_parametrization_removed_while_converted() -> None:
     parametrize.remove_parametrizations(layer, "weight")
     assert isinstance(layer, SyncBatchNorm)
     assert torch.equal(layer.weight, torch.full((C,), 2.0))
-    assert type(revert_sync_batchnorm(layer)) is nn.BatchNorm2d
+    back: nn.Module = revert_sync_batchnorm(layer)
+    assert type(back) is nn.BatchNorm2d
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -650,7 +654,7 @@ def test_state_dict_goes_both_ways() -> None:
 
 
 def test_old_state_dict_without_a_counter() -> None:
-    state = nn.BatchNorm2d(C).state_dict()
+    state: Any = nn.BatchNorm2d(C).state_dict()
     del state["num_batches_tracked"]
     del state._metadata[""]["version"]
     SyncBatchNorm(C).load_state_dict(state)

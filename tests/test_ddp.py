@@ -199,6 +199,7 @@ def default_group(rank: int, size: int) -> tuple[Tensor, bool]:
     """A layer without a group uses the default one, as it is at the time of the forward."""
     layer = syncbn.SyncBatchNorm(1, momentum=1.0)
     layer(torch.full((2, 1), float(rank)))
+    assert layer.running_mean is not None
     return layer.running_mean, isinstance(link_of(dist.group.WORLD), comm.OneHop)
 
 

@@ -59,9 +59,9 @@ def layer_of(
         def place(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
             for key, value in list(module.named_parameters(recurse=False)):
                 module.register_parameter(key, nn.Parameter(distribute_tensor(value.data, mesh, parameters)))
-            for key, value in list(module.named_buffers(recurse=False)):
-                if value.dim():
-                    module.register_buffer(key, distribute_tensor(value, mesh, parameters))
+            for key, buffer in list(module.named_buffers(recurse=False)):
+                if buffer.dim():
+                    module.register_buffer(key, distribute_tensor(buffer, mesh, parameters))
 
         distribute_module(layer, mesh, place)
     return layer

@@ -92,6 +92,7 @@ def test_the_group_stays_usable_after_a_mismatch(way: str) -> None:
         with pytest.raises(syncbn.RankMismatchError, match="forward of layer"):
             layers[rank](torch.ones(2, 4))
         layers[0](torch.tensor([[float(rank)] * 4]))
+        assert layers[0].running_mean is not None
         return layers[0].running_mean
 
     for mean in run_ranks(2, body, timeout=TIMEOUT):
@@ -104,7 +105,7 @@ def test_statistics_are_untouched_by_a_mismatch(way: str) -> None:
         layer.layer_name = str(rank)
         with pytest.raises(syncbn.RankMismatchError):
             layer(torch.randn(3, 4))
-        return [layer.running_mean, layer.running_var, layer.num_batches_tracked]
+        return [layer.get_buffer(name) for name in ("running_mean", "running_var", "num_batches_tracked")]
 
     for mean, var, count in run_ranks(2, body, timeout=TIMEOUT):
         assert mean.eq(0).all() and var.eq(1).all() and count == 0
@@ -180,7 +181,7 @@ def test_gradscaler_overflow_leaves_finite_statistics(way: str) -> None:
             scaler.scale(net(x).square().mean()).backward()
             for parameter in net.parameters():  # as DistributedDataParallel would
                 group.allreduce([parameter.grad], dist.AllreduceOptions()).wait()
-                parameter.grad /= 2
+                parameter.grad.div_(2)
             scaler.step(optimizer)
             scaler.update()
             scales.append(scaler.get_scale())
@@ -394,7 +395,9 @@ def test_checks_off_compares_nothing_and_hears_refusals(way: str, monkeypatch: p
         error = ValueError if rank == 0 else syncbn.RankMismatchError
         with pytest.raises(error):
             layers[0](torch.ones(2, 3 if rank == 0 else 4))
-        return layers[rank].running_mean
+        mean = layers[rank].running_mean
+        assert mean is not None
+        return mean
 
     for mean in run_ranks(2, body, timeout=TIMEOUT):
         close(mean, torch.full((4,), 0.05), 1e-6, 0, "mixed mean")
@@ -494,6 +497,7 @@ def _net(rank: int, difference: str) -> nn.Module:
     if odd and difference == "name":
         layers = {"first": layers["first"], "other": layers["second"]}
     net = syncbn.convert_sync_batchnorm(nn.Sequential(nn.ModuleDict(layers)))
+    layer: Any
     for layer in list(net.modules())[-1:]:
         if odd and difference == "eps":
             layer.eps = 1e-3
@@ -539,6 +543,7 @@ def test_check_ranks_agree_passes_and_names_layers() -> None:
         net = nn.Sequential(nn.Linear(4, 8), syncbn.SyncBatchNorm(8, process_group=group))
         syncbn.check_ranks_agree(net, group)
         syncbn.check_ranks_agree(nn.Linear(2, 2), group)  # no layers at all
-        return [net[1].layer_name]
+        layer: Any = net[1]
+        return [layer.layer_name]
 
     assert run_ranks(3, body, timeout=TIMEOUT) == [["1"]] * 3

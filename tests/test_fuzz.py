@@ -67,7 +67,7 @@ class Step(NamedTuple):
         forward = wire.Call(FORWARD, self.layer, flags), 2 * channels + 1
         return [forward, (wire.Call(BACKWARD, self.layer, flags), 2 * channels)]
 
-    def count(self) -> int:
+    def values(self) -> int:
         """Values per channel."""
         return self.rows * math.prod(self.spatial)
 
@@ -146,7 +146,7 @@ def expected(scenario: Scenario) -> list[Expected] | None:
                 return None
             errors = ["ValueError" if bad else "RankMismatchError" for bad in refused]
             return [Expected(head[0], error) for head, error in zip(heads, errors, strict=True)]
-        if heads[0][2][0].kind == FORWARD and sum(call.count() for _, call, _ in heads) == 1:
+        if heads[0][2][0].kind == FORWARD and sum(call.values() for _, call, _ in heads) == 1:
             return [Expected(number, "ValueError") for number, _, _ in heads]
         for queue in queues:
             queue.popleft()
@@ -235,11 +235,11 @@ def check_numbers(programs: list[list[Step]], seen: list[Seen], awaited: list[Ex
         xs = [rows(x).requires_grad_() for x, _ in data]
         broken = any(call.kind == "nan" and x.numel() for call, (x, _) in zip(calls, data, strict=True))
         norm = norms[calls[0].layer]
-        if not any(call.count() for call in calls):
+        if not any(call.values() for call in calls):
             continue  # no batch at all, and not counted as one
         if broken:  # NaN everywhere, and the statistics stay as they were
             assert all(one.results[number][0].isnan().all() for one in seen)
-            norm.num_batches_tracked += 1
+            norm.get_buffer("num_batches_tracked").add_(1)
             continue
         ys = norm(torch.cat(xs)).split([len(x) for x in xs])
         torch.stack([(y * rows(g)).sum() for y, (_, g) in zip(ys, data, strict=True)]).sum().backward()

@@ -24,7 +24,7 @@ def draw(seed: int) -> tuple[int, list[tuple[int, ...]], dict[str, Any]]:
     sizes = [tuple(rng.choice([0, 1, 2, 4, 5]) for _ in range(ranks)) for _ in range(rng.randint(2, 4))]
     sizes = [at if sum(at) > 1 else (*at[:-1], 3) for at in sizes]
     checkpoints = rng.choice(list(CHECKPOINTS))
-    options = {
+    options: dict[str, Any] = {
         "checkpoints": checkpoints,
         "backend": "aot_eager",
         "dynamic": rng.choice([None, True, False]),

@@ -405,7 +405,8 @@ def test_timm(source: str) -> None:
 
 def trained_pair() -> nn.Sequential:
     """A convolution and a converted norm with statistics."""
-    model = syncbn.convert_sync_batchnorm(network()[:2])
+    model: Any = network()[:2]
+    syncbn.convert_sync_batchnorm(model)
     model(data(2)[0][0])
     return model
 
@@ -415,7 +416,7 @@ def test_fusion() -> None:
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     x = data(2)[1][0]
-    synchronized = trained_pair().eval()
+    synchronized: Any = trained_pair().eval()
     expected = synchronized(x)
     close(fuse_conv_bn_eval(synchronized[0], synchronized[1])(x), expected, 1e-11, 1e-11, "fused while synchronized")
     with pytest.raises(AssertionError, match=r"did not find fuser method for: .*SyncBatchNorm"):
@@ -430,7 +431,7 @@ def test_fusion() -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:Please use quant_min and quant_max")
 def test_qconfig_is_kept() -> None:
-    model = network().float()
+    model: Any = network().float()
     model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
     quantization.propagate_qconfig_(model)
     model[4].qconfig = quantization.default_qconfig

@@ -117,7 +117,7 @@ def oracle(e: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_float64_agrees_with_torch(kernels, layout, shape):
+def test_float64_agrees_with_torch(kernels: Any, layout: str, shape: tuple[int, ...]) -> None:
     e = example(shape, torch.float64, layout)
     channels = shape[1]
     count, mean, m2 = kernels.moments(e["x"]).split([1, channels, channels])
@@ -134,7 +134,7 @@ def test_float64_agrees_with_torch(kernels, layout, shape):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_agree_with_reference(fast, dtype, layout, shape):
+def test_kernels_agree_with_reference(fast: Any, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
     e = example(shape, dtype, layout)
     before = {name: tensor.clone() for name, tensor in e.items()}
     x, grad, mean, invstd, weight, bias = (e[k] for k in ("x", "grad", "mean", "invstd", "weight", "bias"))
@@ -147,8 +147,8 @@ def test_kernels_agree_with_reference(fast, dtype, layout, shape):
     sums = reference.gradient_sums(grad, x, mean, invstd)
     assert_same(fast.gradient_sums(grad, x, mean, invstd), sums, torch.float32)
     for w in (weight, None):
-        args = (grad, x, mean, invstd, w, sums, e["count"])
-        assert_same(fast.input_gradient(*args), reference.input_gradient(*args), dtype)
+        given = (grad, x, mean, invstd, w, sums, e["count"])
+        assert_same(fast.input_gradient(*given), reference.input_gradient(*given), dtype)
     for name, tensor in e.items():
         assert torch.equal(tensor, before[name]), f"{name} was modified"
 
@@ -156,7 +156,7 @@ def test_kernels_agree_with_reference(fast, dtype, layout, shape):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("other", ["contiguous", "channels_last", "strided", "expanded"])
-def test_gradient_of_any_strides(fast, dtype, layout, other):
+def test_gradient_of_any_strides(fast: Any, dtype: torch.dtype, layout: str, other: str) -> None:
     e = example((5, 6, 3, 4), dtype, layout)
     x, mean, invstd = e["x"], e["mean"], e["invstd"]
     grad = torch.ones((), dtype=dtype).expand(x.shape) if other == "expanded" else laid_out(e["grad"], other)
@@ -171,7 +171,9 @@ def test_gradient_of_any_strides(fast, dtype, layout, other):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_relu_gradient_follows_the_very_sign_of_the_output(fast, dtype, layout, with_residual):
+def test_relu_gradient_follows_the_very_sign_of_the_output(
+    fast: Any, dtype: torch.dtype, layout: str, with_residual: bool
+) -> None:
     e = example((5, 6, 9, 4), dtype, layout)
     # Weights near zero and no bias: many outputs are close to zero, or round to it.
     args = (e["x"], e["mean"], e["invstd"], e["weight"] * 1e-7, None, e["residual"] * 1e-7 if with_residual else None)
@@ -181,7 +183,7 @@ def test_relu_gradient_follows_the_very_sign_of_the_output(fast, dtype, layout, 
     assert masked.stride() == torch.empty_like(e["x"]).stride()
 
 
-def test_relu_gradient_of_nan_is_that_of_torch(kernels):
+def test_relu_gradient_of_nan_is_that_of_torch(kernels: Any) -> None:
     e = example((4, 3, 5), torch.float32, "contiguous")
     residual = torch.zeros(4, 3, 5)
     residual[0, 0, 0], residual[1, 1, 1], residual[2, 2, 2] = torch.nan, torch.inf, -torch.inf
@@ -192,7 +194,7 @@ def test_relu_gradient_of_nan_is_that_of_torch(kernels):
     assert kernels.normalize(*args, relu=True)[0, 0, 0].isnan()
 
 
-def test_expanded_input(fast):
+def test_expanded_input(fast: Any) -> None:
     row = torch.randn(1, 5, 1, 3)
     x = row.expand(4, 5, 6, 3)
     mean, invstd = torch.randn(5).double(), torch.rand(5).double()
@@ -206,7 +208,7 @@ def test_expanded_input(fast):
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_empty_input_gives_zeros(kernels, shape, dtype):
+def test_empty_input_gives_zeros(kernels: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.empty(shape, dtype=dtype)
     one, zero = torch.ones(3).double(), torch.zeros(3).double()
     for raw in (False, True):
@@ -218,7 +220,7 @@ def test_empty_input_gives_zeros(kernels, shape, dtype):
     assert kernels.relu_gradient(x, x, zero, one, None, None).shape == shape
 
 
-def test_zero_count_is_one(kernels):
+def test_zero_count_is_one(kernels: Any) -> None:
     e = example((4, 3, 5), torch.float32, "contiguous")
     args = (e["grad"], e["x"], e["mean"], e["invstd"], None, torch.ones(6).double())
     dx = kernels.input_gradient(*args, torch.zeros((), dtype=torch.float64))
@@ -229,7 +231,7 @@ def test_zero_count_is_one(kernels):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("position", [0, -1])
-def test_non_finite_input_stays_in_its_channel(fast, layout, bad, position):
+def test_non_finite_input_stays_in_its_channel(fast: Any, layout: str, bad: float, position: int) -> None:
     x = torch.randn(6, 4, 5, 5)
     x[position, 1, position, position] = bad
     x = laid_out(x, layout)
@@ -244,7 +246,7 @@ def test_non_finite_input_stays_in_its_channel(fast, layout, bad, position):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_constant_channel_has_no_variance(fast, layout):
+def test_constant_channel_has_no_variance(fast: Any, layout: str) -> None:
     values = torch.randn(64) * 10.0 ** torch.randint(-3, 8, (64,))
     x = laid_out(values.view(1, -1, 1, 1).expand(6, 64, 9, 5).contiguous(), layout)
     _, mean, m2 = fast.moments(x).split([1, 64, 64])
@@ -255,7 +257,7 @@ def test_constant_channel_has_no_variance(fast, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("ratio", [1e3, 1e5])
-def test_far_from_zero_nothing_is_lost(fast, layout, with_bias, ratio):
+def test_far_from_zero_nothing_is_lost(fast: Any, layout: str, with_bias: bool, ratio: float) -> None:
     e = example((6, 5, 8, 6), torch.float32, layout, mean=ratio)
     x, mean, invstd = e["x"], e["mean"], e["invstd"]
     stats = (mean, invstd, e["weight"])
@@ -273,7 +275,7 @@ def test_far_from_zero_nothing_is_lost(fast, layout, with_bias, ratio):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_counts_and_sums_beyond_65504(fast, layout, dtype, shipped_only):
+def test_half_counts_and_sums_beyond_65504(fast: Any, layout: str, dtype: torch.dtype, shipped_only: None) -> None:
     x = laid_out((torch.randn(3, 4, 160, 160) + 3).to(dtype), layout)
     assert fast.moments(x)[0] == 76800
     torch.testing.assert_close(fast.moments(x), reference.moments(x), rtol=1e-5, atol=0)
@@ -286,7 +288,9 @@ def test_half_counts_and_sums_beyond_65504(fast, layout, dtype, shipped_only):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(8, 16, 28, 28), (2, 8, 150, 150), (1, 3, 300, 200)])
 @pytest.mark.parametrize("ratio", [0.0, 10.0, 1e3, 1e4, 1e5])
-def test_float32_never_less_accurate_than_torch(fast, layout, shape, ratio, shipped_only):
+def test_float32_never_less_accurate_than_torch(
+    fast: Any, layout: str, shape: tuple[int, ...], ratio: float, shipped_only: None
+) -> None:
     e = example(shape, torch.float32, layout, mean=ratio)
     x, grad, channels = e["x"], e["grad"], shape[1]
     y, dx = oracle(e)
@@ -314,7 +318,7 @@ def test_float32_never_less_accurate_than_torch(fast, layout, shape, ratio, ship
 
 @pytest.mark.parametrize("ratio", [0.0, 3.0, 1e5])
 @pytest.mark.parametrize("shape", [(1_000_003, 2), (1, 2, 1_000_003)])
-def test_long_runs_keep_their_digits(fast, shape, ratio, shipped_only):
+def test_long_runs_keep_their_digits(fast: Any, shape: tuple[int, ...], ratio: float, shipped_only: None) -> None:
     x = torch.randn(shape) + ratio
     _, mean, m2 = fast.moments(x).split([1, 2, 2])
     _, exact_mean, exact_m2 = reference.moments(x).split([1, 2, 2])
@@ -324,7 +328,7 @@ def test_long_runs_keep_their_digits(fast, shape, ratio, shipped_only):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("outlier", ["first sample far off", "first row far off", "first pixel far off"])
-def test_statistics_do_not_depend_on_a_lucky_pivot(fast, layout, outlier, shipped_only):
+def test_statistics_do_not_depend_on_a_lucky_pivot(fast: Any, layout: str, outlier: str, shipped_only: None) -> None:
     x = torch.randn(2000, 4, 6, 6)
     far = {"first sample far off": x[:1], "first row far off": x[..., :1, :], "first pixel far off": x[..., :1, :1]}
     far[outlier].add_(1e4)
@@ -336,7 +340,7 @@ def test_statistics_do_not_depend_on_a_lucky_pivot(fast, layout, outlier, shippe
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_results_are_deterministic(fast, layout):
+def test_results_are_deterministic(fast: Any, layout: str) -> None:
     e = example((8, 6, 20, 20), torch.float32, layout)
     first, second = fast.moments(e["x"]), fast.moments(e["x"].clone(memory_format=torch.preserve_format))
     assert torch.equal(first, second)
@@ -352,7 +356,7 @@ class Allocations(TorchDispatchMode):
         self.calls = 0
         self.storages: dict[int, Tensor] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
@@ -385,7 +389,7 @@ def calls(e: dict[str, Tensor]) -> dict[str, object]:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_temporary_larger_than_a_slice(layout, dtype, shipped_only, aten_only):
+def test_no_temporary_larger_than_a_slice(layout: str, dtype: torch.dtype, shipped_only: None, aten_only: None) -> None:
     e = example((4, 32, 96, 96), dtype, layout)
     full = e["x"].untyped_storage().nbytes()
     assert e["x"].numel() * 4 > 2 * aten._SLICE_BYTES
@@ -398,7 +402,7 @@ def test_no_temporary_larger_than_a_slice(layout, dtype, shipped_only, aten_only
         assert sizes[0] <= aten._SLICE_BYTES * torch.get_num_threads(), name
 
 
-def test_few_calls_for_a_small_layer(shipped_only, aten_only):
+def test_few_calls_for_a_small_layer(shipped_only: None, aten_only: None) -> None:
     e = example((64, 256), torch.float32, "contiguous", mean=0.5)
     counts = {}
     for name, call in calls(e).items():
@@ -411,7 +415,7 @@ def test_few_calls_for_a_small_layer(shipped_only, aten_only):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_nothing_is_read_back_to_the_host(layout, dtype, aten_only):
+def test_nothing_is_read_back_to_the_host(layout: str, dtype: torch.dtype, aten_only: None) -> None:
     # A fake tensor has no values: asking for one raises.
     e = example((2, 3, 4, 5), dtype, layout)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
@@ -484,7 +488,9 @@ def filled(width: int, raw: bool) -> Message:
         (torch.float64, False, True, "strided"),
     ],
 )
-def test_fused_forms_are_those_of_the_reference(fast, shape, kind, dtype, relu, raw, layout):
+def test_fused_forms_are_those_of_the_reference(
+    fast: Any, shape: tuple[int, ...], kind: str, dtype: torch.dtype, relu: bool, raw: bool, layout: str
+) -> None:
     """One rank's calls of a layer over two ranks, of which the other has the same moments, with garbage as padding."""
     e = (
         example(shape, dtype, layout)

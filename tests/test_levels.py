@@ -100,7 +100,9 @@ def test_equal_in_bits_to_the_one_hop() -> None:
     def body(rank: int, group: Any) -> tuple[Tensor, Tensor]:
         x = torch.randn(3 + rank, 9, generator=torch.Generator().manual_seed(rank))
         layer = SyncBatchNorm(9, process_group=group)
-        return layer(x), layer.running_var
+        y: Tensor = layer(x)
+        assert layer.running_var is not None
+        return y, layer.running_var
 
     there = run_ranks(W, body)
     with travel("one hop"):

@@ -58,4 +58,4 @@ def test_any_mixture_of_dtypes(dtype: torch.dtype, ranks: int, momentum: float |
             close(dx, leaf.grad[rows], 16 * coarser(dtype)[0], 16 * coarser(dtype)[1], f"dx {what}")
             close(layer.running_mean, plain.running_mean, *coarser(statistics, torch.float32), f"mean {what}")
             close(layer.running_var, plain.running_var, *coarser(statistics, torch.float32), f"var {what}")
-            close(after, evaluated, *(2 * t for t in coarser(dtype, statistics)), f"y in eval {what}")
+            close(after, evaluated, *[2 * t for t in coarser(dtype, statistics)], what=f"y in eval {what}")

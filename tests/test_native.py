@@ -391,7 +391,9 @@ def test_rectifier_shuts_where_the_output_was_zero(dtype: torch.dtype, layout: s
     y, stats, _ = forward(plain)
     for scale in (1.0, 1e-3, 1e-6, 1e-7):
         case.residual = -y if scale == 1.0 else None
-        case.weight, case.bias = (plain.weight, plain.bias) if scale == 1.0 else (plain.weight * scale, plain.bias * 0)
+        if scale != 1.0:
+            assert plain.weight is not None and plain.bias is not None
+            case.weight, case.bias = plain.weight * scale, torch.zeros_like(plain.bias)
         sent = message(2 * 9 + 1)
         native.pack_moments(case.x, None, sent)
         parts = Shared(sent.payload[None], False)

@@ -26,7 +26,7 @@ from syncbn.diagnostics import measure_noise
 from syncbn.kernels import values
 
 # Batch sizes per rank.
-SHARES = {
+SHARES: dict[str, list[tuple[int, ...]]] = {
     "one rank": [(4, 3, 1, 5)],
     "even": [(3, 3), (3, 3)],
     "uneven": [(4, 2, 6), (2,)],
@@ -240,7 +240,7 @@ def test_convolutions_with_empty_ranks() -> None:
 def test_frozen_layers_keep_their_statistics() -> None:
     """A layer in eval mode normalizes with what it has; the next one sees that."""
     shares = shares_of([(4, 3)], 4)
-    net = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False), nn.BatchNorm1d(4))
+    net: Any = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False), nn.BatchNorm1d(4))
     net[0].eval()
     net = update(net, shares)[0]
     assert torch.equal(net[0].running_mean, torch.zeros(4)) and torch.equal(net[0].running_var, torch.ones(4))
@@ -294,7 +294,7 @@ def test_shared_layer_counts_once_per_use() -> None:
 
 
 def test_unreached_layers_are_named() -> None:
-    net = nn.ModuleDict({"used": nn.BatchNorm1d(3), "idle": nn.BatchNorm1d(3)})
+    net: Any = nn.ModuleDict({"used": nn.BatchNorm1d(3), "idle": nn.BatchNorm1d(3)})
     net["idle"].running_mean.fill_(7.0)
     with pytest.warns(UserWarning, match=r"reached 1 of 2 batch norm layers, which keep their statistics: idle$"):
         net = update(net, shares_of([(4, 3)], 3), forward=lambda net, x: net["used"](x))[0]

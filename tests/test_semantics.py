@@ -514,7 +514,7 @@ def test_two_forwards_before_one_backward(world: int, activation: str | None) ->
         a, b = first[rank].clone().requires_grad_(), second[rank].clone().requires_grad_()
         loss = (layer(a) * first[rank]).sum() + (layer(b) * second[rank]).sum()
         loss.backward()
-        assert a.grad is not None and b.grad is not None
+        assert a.grad is not None and b.grad is not None and layer.weight.grad is not None
         return a.grad, b.grad, layer.weight.grad
 
     with forced(world == 1):
@@ -666,7 +666,7 @@ def test_double_backward(sizes: tuple[int, ...], activation: str | None) -> None
         y = layer(x)
         grads = torch.autograd.grad((y**3).sum(), [x, layer.weight], create_graph=True)
         (sum((g**2).sum() for g in grads) + (y**2).sum()).backward()
-        assert x.grad is not None
+        assert x.grad is not None and layer.weight.grad is not None
         assert layer.num_batches_tracked == 1
         return x.grad, layer.weight.grad
 
@@ -767,10 +767,10 @@ def test_a_jagged_tensor_is_told_how() -> None:
     """And what the error says works."""
     layer = syncbn.SyncBatchNorm(3)
     parts = [torch.randn(n, 3) for n in (4, 2)]
-    x = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    x: Any = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
     with pytest.raises(TypeError, match=r"nested_tensor_from_jagged\(layer\(x.values\(\)\), x.offsets\(\)\)"):
         layer(x)
-    y = torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets())
+    y: Any = torch.nested.nested_tensor_from_jagged(layer(x.values()), x.offsets())
     y.values().pow(3).sum().backward()
     plain = nn.BatchNorm1d(3)(torch.cat(parts))
     close(y.values(), plain, 1e-5, 1e-5, "values")

@@ -700,7 +700,7 @@ def test_an_exception_between_the_writes(
             def handler(*args: Any) -> int:
                 raise raised("now")
 
-            link._reads[1] = link._sends[1] = handler
+            link._reads[1] = link._sends[1] = handler  # type: ignore[assignment]
             with pytest.raises(raised, match="now"):
                 swap(link, bytes(136))
             error = lost(link)

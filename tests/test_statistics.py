@@ -298,7 +298,7 @@ def client(x: Tensor, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(1)
     model = nn.Sequential(nn.BatchNorm1d(C), nn.ReLU()).to(dtype)
     syncbn.update_population_stats(model, [x.to(dtype)])
-    model[0].num_batches_tracked += 2  # type: ignore[operator]
+    model[0].get_buffer("num_batches_tracked").add_(2)
     return model
 
 

@@ -61,6 +61,7 @@ def test_in_the_middle_of_a_step(where: str, noes: tuple[int, ...]) -> None:
             ok, text = False, str(error)
         layer.reset_running_stats()
         layer(torch.full((2, 3), float(rank)))
+        assert layer.running_mean is not None
         return ok, text, layer.running_mean
 
     for rank, (ok, text, mean) in enumerate(run_ranks(3, body, timeout=5.0)):

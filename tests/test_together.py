@@ -179,6 +179,7 @@ def test_tensors_that_are_not_dense(kind: str, argument: str) -> None:
                 layer(x, odd) if rank == 0 else layer(x)
         assert layer.num_batches_tracked == 0
         layer(x)
+        assert layer.running_mean is not None
         return layer.running_mean
 
     first, second = run_ranks(2, body)

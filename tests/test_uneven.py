@@ -21,7 +21,7 @@ from helpers.ranks import outcomes, peers_of, run_ranks
 from programs.uneven import train_join, train_joined, whole_batches
 from syncbn import RankMismatchError, uneven
 
-LOADERS = {
+LOADERS: dict[str, list[tuple[int, ...]]] = {
     "one ends first": [(4, 3, 2), (2,)],
     "one has nothing": [(), (3, 4)],
     "three": [(2, 5), (), (3, 1, 4)],

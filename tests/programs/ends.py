@@ -221,11 +221,11 @@ def run_call(call: Call, number: int, rank: int, group: Any) -> list[Tensor]:
         for step in uneven.joined([x] * call.rows[rank], process_group=group):
             layer(step.data)
             seen.append(float(step.total))
-        return [torch.tensor(seen, dtype=DOUBLE), layer.running_mean]
+        return [torch.tensor(seen, dtype=DOUBLE), layer.get_buffer("running_mean")]
     if call.kind == "population":
         model = nn.Sequential(layer)
         syncbn.update_population_stats(model, [x] * (1 + rank % 2), process_group=group)
-        return [layer.running_mean, layer.running_var]
+        return [layer.get_buffer("running_mean"), layer.get_buffer("running_var")]
     if call.kind == "forward":
         with torch.no_grad():
             return [layer(x), layer.running_mean]

@@ -121,7 +121,7 @@ class Rank:
         syncbn.check_ranks_agree(model)
         assert isinstance(model[1], syncbn.SyncBatchNorm) and isinstance(model[1], FSDPModule)
         train(model, sgd(model), self.batches, self.rows)
-        trained, local = state(model), len(model[1].weight.to_local())
+        trained, local = state(model), len(model[1].weight.to_local())  # type: ignore[attr-defined]
         syncbn.revert_sync_batchnorm(model)
         assert isinstance(model[1], nn.BatchNorm2d) and isinstance(model[1], FSDPModule)
         train(model, sgd(model), self.batches, self.rows)  # it is sharded still

@@ -77,7 +77,10 @@ def main(folder: Path) -> None:
     results: dict[str, Any] = {}
 
     module, loader = Module(), batches()
-    names = {"SyncBatchNormPlugin": SyncBatchNormPlugin, "Trainer": lambda **given: Trainer(**given, **SETTINGS)}
+    names: dict[str, Any] = {
+        "SyncBatchNormPlugin": SyncBatchNormPlugin,
+        "Trainer": lambda **given: Trainer(**given, **SETTINGS),
+    }
     left = names | {"module": module, "loader": loader}
     exec(compile(recipes["Lightning"], "docs/integrations.md: Lightning", "exec"), left)
     results["fit"] = state(module.net)
