@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from syncbn import _torch
-from syncbn._torch import BatchNormBase, LazyNormBase
+from syncbn._torch import BatchNormBase
 
 _MEANS = ("running_mean", "moving_mean")
 _SPREADS = ("running_var", "moving_var", "running_std", "moving_std", "moving_variance")
@@ -54,7 +54,7 @@ def _shown(name: str) -> str:
 
 def _is_foreign(module: nn.Module) -> bool:
     """Whether it is a batch norm, as far as its state and its name tell, and none of torch's. Frozen ones are not."""
-    if isinstance(module, BatchNormBase | LazyNormBase | _InstanceNorm):
+    if isinstance(module, BatchNormBase | _InstanceNorm):  # (lazy ones derive from them too)
         return False
     if _NO_BATCH_STATISTICS.search(type(module).__name__):
         return False
