@@ -54,6 +54,16 @@ def test_workflows_have_what_a_project_needs() -> None:
     assert "secrets." not in json.dumps(WORKFLOWS)
 
 
+def test_actions_are_named_by_their_commits() -> None:
+    """A tag can be moved. The version beside it is for people, and for the tool that proposes new ones."""
+    lines = [line for path in (GITHUB / "workflows").glob("*.yml") for line in path.read_text().splitlines()]
+    used = [line for line in lines if "@" in line]
+    assert len(used) > 10
+    for line in used:
+        publisher = "pypa/gh-action-pypi-publish@release/v1" in line  # whose makers ask for their branch
+        assert publisher or re.search(r"uses: actions/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line), line
+
+
 def test_the_matrix_of_the_workflow_is_that_of_nox() -> None:
     sessions = re.findall(r"^@nox\.session.*\ndef (\w+)", (ROOT / "noxfile.py").read_text(), flags=re.MULTILINE)
     entries = WORKFLOWS["tests"]["jobs"]["matrix"]["strategy"]["matrix"]["include"]
