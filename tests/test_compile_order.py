@@ -158,7 +158,8 @@ def test_the_order_is_that_of_the_program(
 ) -> None:
     go(way, monkeypatch)
     forward, backward = order_of(checkpoints, partitioner, None, 5)
-    for dynamic, batch in ((None, 1), (None, 0), (True, 4)):
+    others = ((None, 1), (None, 0), (True, 4))
+    for dynamic, batch in others[2:] if way == "device" else others:  # (whose graphs take three times as long to make)
         assert order_of(checkpoints, partitioner, dynamic, batch) == [forward, backward]
     if way != "device":
         assert forward == [(wire.FORWARD, name) for name in LAYERS]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.commands import ROOT, environment, mpi_version, needs_mpi4py, needs_mpiexec, running
+from helpers.commands import LAUNCHER, ROOT, environment, mpi_version, needs_mpi4py, needs_mpiexec, running
 
 DEADLINE = 60.0
 TIMEOUT = 5.0  # of the group whose cable is cut
@@ -87,7 +87,7 @@ def torchruns(hosts: list[Host], ranks: int, *command: str | Path) -> Iterator[l
             options = ["-n", str(ranks), "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "hosts"]
             options += ["--rdzv-endpoint", f"{hosts[0].address}:29400", "--local-addr", host.address]
             options += ["--rdzv-conf", meeting]
-            agents.append(stack.enter_context(host.running("-m", "syncbn.launch", *options, *command)))
+            agents.append(stack.enter_context(host.running(*LAUNCHER[1:], *options, *command)))
         yield agents  # whose ranks die with them
 
 
@@ -114,40 +114,44 @@ import torch, torch.distributed as dist
 import syncbn
 from syncbn import comm
 
-comm.ONE_HOP_LIMIT = int(sys.argv[2])
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
-for channels in (5, 9000):
-    seeds = [torch.Generator().manual_seed(r) for r in range(world)]
-    xs = [torch.randn(3, channels, dtype=torch.float64, generator=seed) for seed in seeds]
-    layer, alone = syncbn.SyncBatchNorm(channels).double(), torch.nn.BatchNorm1d(channels).double()
-    for _ in range(10):
-        torch.testing.assert_close(layer(xs[rank]), alone(torch.cat(xs))[3 * rank :][:3], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(layer.running_var, alone.running_var, rtol=1e-12, atol=1e-12)
-link = comm.link_of(dist.group.WORLD, torch.device("cpu"))
-(Path(sys.argv[1]) / f"seen-{rank}").write_text(f"{os.environ['GROUP_RANK']} {link._carrier.by_socket}")
+for limit in (32, 2):
+    comm.ONE_HOP_LIMIT = limit
+    group = dist.new_group()
+    for channels in (5, 9000):
+        seeds = [torch.Generator().manual_seed(r) for r in range(world)]
+        xs = [torch.randn(3, channels, dtype=torch.float64, generator=seed) for seed in seeds]
+        layer = syncbn.SyncBatchNorm(channels, process_group=group).double()
+        alone = torch.nn.BatchNorm1d(channels).double()
+        for _ in range(10):
+            torch.testing.assert_close(layer(xs[rank]), alone(torch.cat(xs))[3 * rank :][:3], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(layer.running_var, alone.running_var, rtol=1e-12, atol=1e-12)
+    link = comm.link_of(group, torch.device("cpu"))
+    seen = f"{os.environ['GROUP_RANK']} {link._carrier.by_socket}"
+    (Path(sys.argv[1]) / f"seen-{limit}-{rank}").write_text(seen)
 dist.barrier()
 """
 
 
 @pytest.mark.netns
 @pytest.mark.integration
-@pytest.mark.parametrize("limit", [32, 2])
-def test_ranks_of_a_host_meet_by_socket_and_hosts_over_gloo(hosts: list[Host], tmp_path: Path, limit: int) -> None:
+def test_ranks_of_a_host_meet_by_socket_and_hosts_over_gloo(hosts: list[Host], tmp_path: Path) -> None:
     """In one exchange; above the limit, by way of each host's lowest rank."""
     script = tmp_path / "exchanging.py"
     script.write_text(EXCHANGING)
-    with torchruns(hosts, 3, script, tmp_path, str(limit)) as agents:
+    with torchruns(hosts, 3, script, tmp_path) as agents:
         ends = [agent.communicate(timeout=DEADLINE) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], ends
-    seen = [path.read_text().split(maxsplit=1) for path in sorted(tmp_path.glob("seen-*"))]
-    ranks = [[rank for rank, (host, _) in enumerate(seen) if host == str(number)] for number in range(2)]
-    assert [len(of_host) for of_host in ranks] == [3, 3]
-    for of_host in ranks:
-        for rank in of_host:
-            peers = [peer for peer in of_host if peer != rank]
-            led = limit == 2 and rank != of_host[0]
-            assert seen[rank][1] == str((of_host[0],) if led else tuple(peers))
+    for limit in (32, 2):
+        seen = [path.read_text().split(maxsplit=1) for path in sorted(tmp_path.glob(f"seen-{limit}-*"))]
+        ranks = [[rank for rank, (host, _) in enumerate(seen) if host == str(number)] for number in range(2)]
+        assert [len(of_host) for of_host in ranks] == [3, 3]
+        for of_host in ranks:
+            for rank in of_host:
+                peers = [peer for peer in of_host if peer != rank]
+                led = limit == 2 and rank != of_host[0]
+                assert seen[rank][1] == str((of_host[0],) if led else tuple(peers))
 
 
 TRAINING = """
@@ -188,7 +192,7 @@ def await_files(folder: Path, pattern: str, count: int, seconds: float, agents: 
 
 @pytest.mark.netns
 @pytest.mark.integration
-@pytest.mark.parametrize("end", [0, 1])
+@pytest.mark.parametrize("end", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_cut_cable_is_a_lost_peer_on_every_rank(hosts: list[Host], tmp_path: Path, end: int) -> None:
     script = tmp_path / "training.py"
     script.write_text(TRAINING)
@@ -254,7 +258,7 @@ def test_two_hosts_over_mpi(hosts: list[Host], tmp_path: Path) -> None:
     enter.chmod(0o755)
     options = ["--engine", "mpi", "-n", "4", "-hosts", ",".join(host.address for host in hosts), "-ppn", "2"]
     options += ["-launcher", "ssh", "-launcher-exec", str(enter), "-localhost", hosts[0].address]
-    with hosts[0].running("-m", "syncbn.launch", *options, script, tmp_path) as job:
+    with hosts[0].running(*LAUNCHER[1:], *options, script, tmp_path) as job:
         out, err = job.communicate(timeout=DEADLINE)
     assert job.returncode == 0, err
     seen = [path.read_text() for path in sorted(tmp_path.glob("seen-*"))]

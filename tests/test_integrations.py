@@ -192,9 +192,7 @@ def test_lightning(tmp_path: Path) -> None:
 @pytest.mark.skipif(not installed("lightning"), reason="lightning is not installed (extra: lightning)")
 def test_lightning_averages_weights(tmp_path: Path) -> None:
     """Its last epoch, which only takes statistics, takes those of all ranks: as one process, on the same batches."""
-    program = PROGRAMS / "lightning_averaging.py"
-    for devices in ("1", "2"):
-        must(python(program, tmp_path, devices))
+    must(python(PROGRAMS / "lightning_averaging.py", tmp_path))
     alone, *ranks = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert alone["synchronized"] == {False}
     assert alone["epochs"] == dict.fromkeys(range(5), STEPS)  # 4 of training, and one more

@@ -15,10 +15,9 @@ from types import ModuleType
 
 import pytest
 
-from helpers.commands import ROOT, Done, load, must, run, running
+from helpers.commands import LAUNCHER, ROOT, Done, load, must, run, running
 from syncbn import launch
 
-LAUNCHER = [sys.executable, str(ROOT / "syncbn" / "launch.py")]  # by path: quick, as torch is not imported
 RECIPES = ROOT / "launch"
 
 OURS = ["OMP_NUM_THREADS", "SYNCBN_PIN", "SYNCBN_THREADS", "GLOO_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT"]

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,12 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 import syncbn
-from helpers.commands import MPIEXEC
+from helpers.commands import LAUNCHER, MPIEXEC, ROOT, Done, environment, run
 from helpers.ranks import run_ranks
 from syncbn import RankMismatchError, SyncBatchNorm, convert_sync_batchnorm, update_population_stats
-
-ROOT = Path(__file__).parents[1]
-
 
 # ---- ranks that disagree
 
@@ -178,16 +174,8 @@ def test_population_statistics_of_what_is_no_data(tmp_path: Path) -> None:
 # ---- the launcher
 
 
-def launch(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, **environment}
-    return subprocess.run(
-        [sys.executable, "-m", "syncbn.launch", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=env,
-        cwd=cwd,
-    )
+def launch(*arguments: str, cwd: Path = ROOT, **variables: str) -> Done:
+    return run(*LAUNCHER, *arguments, cwd=cwd, env=environment(**variables))
 
 
 WRONG = {
@@ -252,17 +240,15 @@ def test_a_port_in_use() -> None:
     )
 
 
-def test_modules_that_exist_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_that_exist_are_found(tmp_path: Path) -> None:
     (tmp_path / "space" / "inner").mkdir(parents=True)
     (tmp_path / "space" / "inner" / "train.py").write_text("")
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("raise RuntimeError('must not be imported here')")
     (tmp_path / "package" / "__main__.py").write_text("")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for module in ("space.inner.train", "package", "timeit", "json.tool", "syncbn"):
-        assert launch("--dry-run", "-m", module).returncode == 0, module
-    assert "'space.inner' has no 'test'" in launch("-m", "space.inner.test").stderr
+        assert launch("--dry-run", "-m", module, cwd=tmp_path).returncode == 0, module
+    assert "'space.inner' has no 'test'" in launch("-m", "space.inner.test", cwd=tmp_path).stderr
 
 
 LOOP = """
@@ -285,7 +271,7 @@ def interrupted(whom: str, folder: Path, doing: str, engine: str = "torchrun") -
     """Code, output and lines of errors of a job of two ranks that Ctrl-C ended."""
     (folder / "loop.py").write_text(LOOP)
     job = subprocess.Popen(
-        [sys.executable, "-m", "syncbn.launch", "--engine", engine, "-n", "2", str(folder / "loop.py"), doing],
+        [*LAUNCHER, "--engine", engine, "-n", "2", str(folder / "loop.py"), doing],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT,
     )  # fmt: skip
     try:
@@ -304,8 +290,7 @@ def interrupted(whom: str, folder: Path, doing: str, engine: str = "torchrun") -
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("whom", ["all", "launcher"])
-@pytest.mark.parametrize("doing", ["sleep", "work"])
+@pytest.mark.parametrize(("doing", "whom"), [("sleep", "launcher"), ("work", "all")])
 def test_ctrl_c_ends_a_job_with_one_line(doing: str, whom: str, tmp_path: Path) -> None:
     code, said, lines = interrupted(whom, tmp_path, doing)
     assert code == 130
@@ -317,7 +302,7 @@ def test_ctrl_c_ends_a_job_with_one_line(doing: str, whom: str, tmp_path: Path) 
 @pytest.mark.mpi
 @pytest.mark.integration
 @pytest.mark.skipif(MPIEXEC is None or find_spec("mpi4py") is None, reason="no mpiexec or no mpi4py: the extra [mpi]")
-@pytest.mark.parametrize("whom", ["all", "launcher"])
+@pytest.mark.parametrize("whom", ["all", pytest.param("launcher", marks=pytest.mark.slow)])
 def test_ctrl_c_under_mpi_leaves_the_lines_to_mpiexec(whom: str, tmp_path: Path) -> None:
     code, said, errors = interrupted(whom, tmp_path, "sleep", engine="mpi")
     assert code == 130

@@ -11,14 +11,14 @@ from helpers.commands import PROGRAMS, mpiexec, needs_mpi4py, needs_mpiexec, pyt
 pytestmark = [pytest.mark.mpi, needs_mpi4py, needs_mpiexec]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_collectives(ranks: int) -> None:
     done = mpiexec(ranks, "mpi/collectives.py")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("passed check_") == (21 if ranks > 1 else 17), done.stdout
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3, 4])
 def test_training(ranks: int) -> None:
     done = mpiexec(ranks, "mpi/training.py")
     assert done.returncode == 0, done.stdout
@@ -37,18 +37,7 @@ def test_exit_delivers_what_was_sent() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [
-        "deadline",
-        "deadline_of_a_future",
-        "deadline_of_a_call",
-        "deadline_of_a_receive",
-        "other_size",
-        "interrupted",
-        "interrupted_often",
-    ],
-)
+@pytest.mark.parametrize("scenario", ["deadline", "other_size", "interrupted"])
 def test_dead_group(scenario: str) -> None:
     """The rank that waits gets an error it can handle, and its exit ends the rank that sleeps for a minute."""
     done = mpiexec(2, "mpi/scenarios.py", scenario)

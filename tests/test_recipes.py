@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from helpers.commands import ROOT, must, run, running
-from test_launch import LAUNCHER, RECIPES, SHOW, bare, executable, shown
+from helpers.commands import LAUNCHER, ROOT, must, run, running
+from test_launch import RECIPES, SHOW, bare, executable, shown
 from test_packaging import PROJECT
 
 SHELL = sorted(RECIPES.glob("*.sh"))

@@ -1,13 +1,12 @@
 """A rank is killed, ``syncbn-launch --max-restarts`` starts all again, and training ends with the same weights."""
 
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers.commands import ROOT, Done, environment, run, running
+from helpers.commands import LAUNCHER, Done, environment, run, running
 
 STEPS = 12
 
@@ -69,7 +68,7 @@ dist.destroy_process_group()
 def train(directory: Path, kills: int, max_restarts: int, deadline: float) -> Done:
     script = directory / "train.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "syncbn.launch", "-n", "2", "--max-restarts", str(max_restarts), str(script)]
+    command = [*LAUNCHER, "-n", "2", "--max-restarts", str(max_restarts), str(script)]
     command += [str(kills), str(directory / f"checkpoint{kills}"), str(directory / f"final{kills}")]
     return run(*command, deadline=deadline)
 
@@ -140,7 +139,7 @@ def test_recovers_on_two_hosts(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [sys.executable, str(ROOT / "syncbn" / "launch.py"), "-n", "1", "--nnodes", "2", "--max-restarts", "1"]
+    command = [*LAUNCHER, "-n", "1", "--nnodes", "2", "--max-restarts", "1"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
     command += [str(script), str(tmp_path / "killed")]
     variables = environment(GLOO_SOCKET_IFNAME="lo")

@@ -20,6 +20,7 @@ from helpers import nursery
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 PROGRAMS = ROOT / "tests" / "programs"
+LAUNCHER = [sys.executable, str(ROOT / "syncbn" / "launch.py")]  # by path: quick, as torch is not imported
 IMPORTS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # where programs find the package and the tests' helpers
 
 MPIEXEC = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))

@@ -1,4 +1,4 @@
-"""Stochastic weight averaging with Lightning. Usage: lightning_averaging.py FOLDER DEVICES.
+"""Stochastic weight averaging with Lightning, on one device and on two. Usage: lightning_averaging.py FOLDER.
 
 Each rank leaves its network's state in FOLDER as ``DEVICES-RANK.pt``. The order of samples is that of the global
 batches, whatever the number of devices.
@@ -6,6 +6,7 @@ batches, whatever the number of devices.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,4 +82,6 @@ def main(folder: Path, devices: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    if "LOCAL_RANK" not in os.environ:  # Lightning starts this program again for rank 1
+        main(Path(sys.argv[1]), 1)
+    main(Path(sys.argv[1]), RANKS)

@@ -63,6 +63,9 @@ def late_receive() -> None:
 def deadline() -> None:
     """A rank that does not come: the others get an error, every later call does at once, and exit ends all."""
     start(1.0)
+    nobody_waits = dist.new_group(timeout=timedelta(seconds=1))
+    patient = dist.new_group(timeout=timedelta(seconds=600))
+    of_a_communicator = syncbn.mpi.process_group(MPI.COMM_WORLD.Dup(), timedelta(seconds=0.5))
     if rank == 1:
         time.sleep(LATE)
     group = dist.group.WORLD
@@ -76,32 +79,11 @@ def deadline() -> None:
     expect("cannot be used any more", dist.barrier)
     expect("no group can be made", syncbn.mpi.process_group, MPI.COMM_WORLD)
     assert time.monotonic() - begun < 0.5 and group.dead
-    print("survived", flush=True)
-
-
-def deadline_of_a_future() -> None:
-    """Nobody waits but C++, as in DDP."""
-    start(1.0)
-    if rank == 1:
-        time.sleep(LATE)
-    expect("not all ranks took part", dist.all_reduce(torch.ones(3), async_op=True).get_future().wait)
-    print("survived", flush=True)
-
-
-def deadline_of_a_call() -> None:
-    start()
-    if rank == 1:
-        time.sleep(LATE)
-    work = dist.all_reduce(torch.ones(3), async_op=True)
+    # Nobody waits but C++, as in DDP; a deadline of the call's own; and of a receive. One group's end is not another's.
+    expect("not all ranks took part", dist.all_reduce(x, group=nobody_waits, async_op=True).get_future().wait)
+    work = dist.all_reduce(x, group=patient, async_op=True)
     expect("not all ranks took part within 0.", work.wait, timedelta(seconds=0.5))
-    print("survived", flush=True)
-
-
-def deadline_of_a_receive() -> None:
-    group = syncbn.mpi.process_group(MPI.COMM_WORLD, timedelta(seconds=0.5))
-    if rank == 1:
-        time.sleep(LATE)
-    expect("recv from rank 1, tag 3", group.recv([torch.ones(3)], 1, 3).wait)
+    expect("recv from rank 1, tag 3", of_a_communicator.recv([torch.ones(3)], 1, 3).wait)
     print("survived", flush=True)
 
 
@@ -117,28 +99,10 @@ def other_size() -> None:
 
 
 def interrupted() -> None:
-    """A handler raises in the middle of an exchange: the rank's own exception, a dead group, and its exit ends all."""
-    start()
+    """A handler raises in the middle of an exchange: the rank's own exception, a dead group, and its exit ends all.
 
-    def handler(*_: Any) -> None:
-        raise RuntimeError("ring")
-
-    layer = syncbn.SyncBatchNorm(3)
-    layer(x := torch.randn(4, 3))
-    if rank == 1:
-        time.sleep(LATE)
-    signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
-    expect("ring", layer, x)
-    expect("RuntimeError interrupted it in forward of a layer", layer, x)
-    expect("interrupted by RuntimeError", dist.barrier)
-    print("survived", flush=True)
-
-
-def interrupted_often() -> None:
-    """Alarms at many moments of a wait: each ends it with the handler's own exception, and nothing else.
-
-    Not before the exchange is under way: its peer would wait for the whole timeout.
+    Then alarms at many moments of a wait: each ends it with the handler's own exception, and nothing else. Not before
+    the exchange is under way: its peer would wait for the whole timeout.
     """
     start()
     groups = [dist.new_group() for _ in range(10)]
@@ -158,6 +122,19 @@ def interrupted_often() -> None:
             layer(torch.randn(4, 3))
         except TimeoutError:
             assert rank == 0
+
+    def raising(*_: Any) -> None:
+        raise RuntimeError("ring")
+
+    layer = syncbn.SyncBatchNorm(3)
+    layer(x := torch.randn(4, 3))
+    if rank == 1:
+        time.sleep(LATE)
+    signal.signal(signal.SIGALRM, raising)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    expect("ring", layer, x)
+    expect("RuntimeError interrupted it in forward of a layer", layer, x)
+    expect("interrupted by RuntimeError", dist.barrier)
     print("survived", flush=True)
 
 
