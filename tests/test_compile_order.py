@@ -284,7 +284,7 @@ def test_a_rank_without_a_backward_is_named_with_layers_and_directions(tmp_path:
 
 
 def test_a_rank_that_comes_too_late_may_have_been_compiling(tmp_path: Path) -> None:
-    text = run_processes(2, ranks_err, tmp_path, "late", deadline=120.0, timeout=20.0)[0]
+    text = run_processes(2, ranks_err, tmp_path, "late", deadline=120.0, timeout=10.0)[0]
     assert re.search(r"PeerLostError: backward of layer '2' .* torch\.compile compiles on each rank by itself", text), (
         text
     )

@@ -230,6 +230,7 @@ def test_a_training_step_in_a_cuda_graph(world: dist.ProcessGroup, columns: bool
         torch.cuda.synchronize()
         expected = whole_batch([values], [g.cpu()], relu=True)
         torch.testing.assert_close(y.detach().cpu().double(), expected.y[0], rtol=1e-5, atol=1e-5)
+        assert x.grad is not None
         torch.testing.assert_close(x.grad.cpu().double(), expected.dx[0], rtol=1e-5, atol=1e-5)
         assert layer.num_batches_tracked == before + turn
         x.grad.zero_(), layer.weight.grad.zero_(), layer.bias.grad.zero_()

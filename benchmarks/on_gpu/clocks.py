@@ -110,7 +110,7 @@ def launches_seen() -> Iterator[list[str]]:
         seen.append("sum")
         reduce(self, *args)
 
-    triton._launch, comm.AllReduce._reduce = counted_launch, counted_reduce  # type: ignore[method-assign]
+    triton._launch, comm.AllReduce._reduce = counted_launch, counted_reduce  # type: ignore[method-assign, assignment]
     try:
         yield seen
     finally:

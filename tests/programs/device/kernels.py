@@ -195,7 +195,7 @@ def test_wide_offsets_give_the_same_bits(layout: str, monkeypatch: pytest.Monkey
 
     def all_of_it() -> list[Tensor]:
         return [
-            kernels.moments(e.x), kernels.normalize(*e.stats(), e.residual, True),
+            kernels.moments(e.x), kernels.normalize(*e.stats(), residual=e.residual, relu=True),
             kernels.gradient_sums(e.grad, e.x, e.mean, e.invstd),
             kernels.input_gradient(e.grad, e.x, e.mean, e.invstd, e.weight, sums, e.count),
         ]  # fmt: skip
@@ -217,8 +217,8 @@ def test_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same(kernels.moments(x), reference.moments(x))
         args = (x, e.mean, e.invstd, None, e.bias, grad, True)
         assert_same(kernels.normalize(*args), reference.normalize(*args))
-        args = (grad, x, e.mean, e.invstd, e.weight, sums, e.count)
-        assert_same(kernels.input_gradient(*args), reference.input_gradient(*args))
+        given = (grad, x, e.mean, e.invstd, e.weight, sums, e.count)
+        assert_same(kernels.input_gradient(*given), reference.input_gradient(*given))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4)])

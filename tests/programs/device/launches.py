@@ -89,7 +89,7 @@ def test_they_are_those_that_triton_makes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The code, the grid and all arguments."""
-    launch, names = triton._launch, []
+    launch, names = triton._launch, list[str]()
     monkeypatch.setattr(triton, "SIZES", triton.Sizes(programs=8, whole=0))
 
     def three_times(layout: Any, like: Tensor, kernel: Any, *args: Any, **options: Any) -> None:

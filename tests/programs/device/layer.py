@@ -137,7 +137,8 @@ def test_the_layer_is_that_of_the_whole_batch(sizes: Any, case: Any, with_residu
     def body(rank: int, group: Any) -> Any:
         connect(group)
         layer = syncbn.SyncBatchNorm(shape[0], process_group=group, **options)
-        launches[threading.get_ident()] = made = []
+        made: list[Any] = []
+        launches[threading.get_ident()] = made
         # A rank with fewer than two values looks at the global count.
         with NoWaiting() if len(xs[rank]) else contextlib.nullcontext():
             result = step(layer, xs[rank], gs[rank], residuals[rank])
@@ -174,7 +175,8 @@ def test_the_layer_over_an_all_gather(case: Any) -> None:
     def body(rank: int, group: Any) -> Any:
         connect(group, Gathering)
         layer = syncbn.SyncBatchNorm(shape[0], process_group=group, **options)
-        launches[threading.get_ident()] = made = []
+        made: list[Any] = []
+        launches[threading.get_ident()] = made
         result = step(layer, xs[rank], gs[rank], xs[rank] if relu else None)
         names = FORWARD + BACKWARD if len(xs[rank]) else EMPTY
         assert made == ["gather" if name == "sum" else name for name in names]
@@ -235,7 +237,8 @@ def test_only_what_is_wanted_is_done() -> None:
         connect(group)
         layer = syncbn.SyncBatchNorm(4, process_group=group, activation="relu")
         x, r, g = torch.randn(3, 4, 5), torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 4, 5)
-        launches[threading.get_ident()] = made = []
+        made: list[Any] = []
+        launches[threading.get_ident()] = made
         layer(x, r).backward(g)
         assert made == [*FORWARD, "sum_gradients", "finish_gradients", "input_gradient"]
         weight, bias, residual = layer.weight.grad, layer.bias.grad, r.grad
@@ -260,7 +263,8 @@ def test_a_small_input_takes_a_launch_less(monkeypatch: pytest.MonkeyPatch) -> N
 
     def body(rank: int, group: Any) -> Any:
         connect(group)
-        launches[threading.get_ident()] = made = []
+        made: list[Any] = []
+        launches[threading.get_ident()] = made
         result = step(syncbn.SyncBatchNorm(6, process_group=group), xs[rank], xs[rank])
         assert made == ["measure", "sum", "normalize", *BACKWARD]
         return result
@@ -270,7 +274,8 @@ def test_a_small_input_takes_a_launch_less(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_without_a_group_nothing_is_summed() -> None:
-    launches[threading.get_ident()] = made = []
+    made: list[Any] = []
+    launches[threading.get_ident()] = made
     x, g = torch.randn(6, 3, 4), torch.randn(6, 3, 4)
     result = step(syncbn.SyncBatchNorm(3), x, g)
     assert made == [name for name in FORWARD + BACKWARD if name != "sum"]
@@ -280,7 +285,8 @@ def test_without_a_group_nothing_is_summed() -> None:
 def test_float64_takes_the_other_way() -> None:
     def body(rank: int, group: Any) -> Any:
         connect(group)
-        launches[threading.get_ident()] = made = []
+        made: list[Any] = []
+        launches[threading.get_ident()] = made
         result = step(syncbn.SyncBatchNorm(3, process_group=group).double(), xs[rank], xs[rank])
         assert made == ["sum", "sum"]
         return result
@@ -355,7 +361,7 @@ def test_ranks_that_differ_are_found_by_the_kernels(how: str, half: str) -> None
 
     def body(rank: int, group: Any) -> str:
         connect(group)
-        link = comm.link_of(group, torch.zeros(1).device)
+        link: Any = comm.link_of(group, torch.zeros(1).device)
         launches[threading.get_ident()] = []
         copied: list[Any] = []
         link._check_later = lambda *args: copied.append(args)
@@ -385,7 +391,7 @@ def test_what_no_kernel_looked_at_is_copied() -> None:
 
     def body(rank: int, group: Any) -> None:
         connect(group)
-        link = comm.link_of(group, torch.zeros(1).device)
+        link: Any = comm.link_of(group, torch.zeros(1).device)
         launches[threading.get_ident()] = []
         copied: list[int] = []
         link._check_later = lambda slots, call, width, number: copied.append(number)
@@ -425,7 +431,7 @@ def test_a_graph_tells_the_call_that_was_captured(monkeypatch: pytest.MonkeyPatc
 def test_the_rank_that_is_not_finite_is_named() -> None:
     def body(rank: int, group: Any) -> None:
         connect(group)
-        link = comm.link_of(group, torch.zeros(1).device)
+        link: Any = comm.link_of(group, torch.zeros(1).device)
         launches[threading.get_ident()] = []
         x = torch.randn(4, 3, 5)
         if rank == 1:
