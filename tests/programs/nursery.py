@@ -21,9 +21,10 @@ from typing import Any
 
 WORKER = Path(__file__).parents[2] / "syncbn" / "_worker.py"
 NEEDED = (
-    "torch.distributed.device_mesh", "torch.nn.parallel", "torch.optim", "numpy", "sklearn.datasets",
+    "torch.distributed.device_mesh", "torch.nn.parallel", "torch.optim", "torch._dynamo", "numpy", "sklearn.datasets",
     "sklearn.model_selection", "matplotlib.pyplot", "tqdm", "mnist1d.data", "syncbn.diagnostics",
 )  # fmt: skip
+"""What programs import, the compiler among it: optimizers do, at their first step."""
 
 
 def main() -> None:
