@@ -289,7 +289,7 @@ def test_the_matrix_says_what_was_tested() -> None:
         "torch 2.13 with Python 3.99 was not tested; that torch was tested with Python 3.11"
     )
     assert matrix.about("9.9", "3.11.0").startswith(
-        "torch 9.9 with Python 3.11 was not tested; tested: torch 2.11, 2.13"
+        "torch 9.9 with Python 3.11 was not tested; tested: torch 2.11, 2.12, 2.13"
     )
 
 

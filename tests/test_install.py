@@ -167,7 +167,7 @@ def test_recipe_of_the_wheel_starts_ranks_elsewhere(environment: Path, tmp_path:
 def test_a_type_checker_sees_the_annotations(environment: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     pytest.importorskip("mypy", reason="mypy is not installed (dependency group: lint)")
     (tmp_path / "use.py").write_text(USE)
-    cache = pytestconfig.cache
+    cache = getattr(pytestconfig, "cache", None)  # (none with -p no:cacheprovider)
     options = ["--strict", "--python-executable", environment / "bin" / "python"]
     options += ["--cache-dir", cache.mkdir("mypy") if cache is not None else tmp_path / "cache"]
     done = run(sys.executable, "-m", "mypy", *options, "use.py", cwd=tmp_path)

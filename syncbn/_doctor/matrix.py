@@ -19,6 +19,7 @@ CORE = "core tests"
 
 ENTRIES = (
     Entry("2.11", "3.11", CORE, "2026-11-25"),
+    Entry("2.12", "3.11", CORE, "2026-11-25"),
     Entry("2.13", "3.11", "all tests", "2026-11-25"),
     Entry("2.14", "3.11", CORE + ", networks of timm and torchvision", "2026-11-25"),
     Entry("2.14", "3.12", CORE, "2026-11-25"),
