@@ -14,7 +14,9 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
+import bars
 import counting
 import timing
 import torch
@@ -131,12 +133,24 @@ def costs(k: int) -> list[dict[str, object]]:
     ]
 
 
-def show(rows: list[dict[str, object]], name: str) -> None:
+def plot(path: Path) -> Path:
+    """The costs of a step in parts, and of the whole batch."""
+    rows = timing.read_csv(path)
+    quantities = {"peak of memory, MB": "peak MB", "forward and backward, ms": "ms"}
+    title = f"A step of {STEP} images, whole and in micro-batches: {timing.where(rows)}"
+    return bars.draw(path, title, {
+        label: {"sync": {row["way"]: row[column] for row in rows}} for label, column in quantities.items()
+    })  # fmt: skip
+
+
+def show(rows: list[dict[str, object]], name: str) -> Path:
     print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
     for row in rows:
         cells = (f"{value:.2g}" if isinstance(value, float) and value < 1 else value for value in row.values())
         print("| " + " | ".join(f"{cell:.0f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
-    print(f"written: {timing.write_csv(name, rows)}\n")
+    path = timing.write_csv(name, rows)
+    print(f"written: {path}\n")
+    return path
 
 
 def main() -> None:
@@ -144,8 +158,7 @@ def main() -> None:
     torch.set_num_threads(1)
     show(running_statistics(8), "accumulation-statistics.csv")
     show([gradients(k) for k in (2, 4, 8, 16)], "accumulation-gradients.csv")
-    show(costs(8), "accumulation-costs.csv")
-    print(timing.machine())
+    print(f"drawn: {plot(show(costs(8), 'accumulation-costs.csv'))}\n{timing.machine()}")
 
 
 if __name__ == "__main__":

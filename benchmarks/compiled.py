@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 
+import bars
 import ranks
 import timing
 import torch
@@ -57,6 +59,18 @@ def measure(
     return row | {"ratio": times["syncbn compiled"] / times["nn eager"]}
 
 
+def plot(path: Path) -> Path:
+    """Eager and compiled, relative to PyTorch's layer in eager mode."""
+    rows = timing.read_csv(path)
+    peers = f"{rows[0]['ranks']} ranks over {rows[0]['backend']}" if rows[0]["ranks"] > 1 else "without peers"
+    title = f"SyncBatchNorm and ReLU, forward and backward, {peers}: {timing.where(rows)}"
+    sides = {
+        name: {f"{row['shape']}, {row['layout']}": row[f"syncbn {name} us"] / row["nn eager us"] for row in rows}
+        for name in ("eager", "compiled")
+    }
+    return bars.draw(path, title, {"time relative to nn.BatchNorm2d and ReLU, eager": sides})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="compiled SyncBatchNorm + ReLU")
     parser.add_argument("--backend", choices=ranks.BACKENDS, default="none")
@@ -79,7 +93,8 @@ def main() -> None:
                         flush=True,
                     )
     if ranks.is_first(group):
-        print(f"{timing.machine()}\nwritten: {timing.write_csv(f'compiled-{args.backend}.csv', rows)}")
+        path = timing.write_csv(f"compiled-{args.backend}.csv", rows)
+        print(f"{timing.machine()}\nwritten: {path}, {plot(path)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import bars
 import timing
 import torch
 from torch import Tensor
@@ -48,6 +50,13 @@ def sides(x: Tensor, mask: Tensor, grad: Tensor) -> dict[str, Callable[[], Tenso
     }
 
 
+def plot(path: Path) -> Path:
+    """The time of each way."""
+    rows = timing.read_csv(path)
+    title = f"A layer over padded sequences, {rows[0]['valid']:.0%} of it valid: {timing.where(rows)}"
+    return bars.draw(path, title, {"forward and backward, ms": {"sync": {row["way"]: row["ms"] for row in rows}}})
+
+
 def main() -> None:
     timing.keep_freed_memory()
     torch.set_num_threads(1)
@@ -65,7 +74,8 @@ def main() -> None:
         for name, seconds in timing.in_turn(ways, 20).items():
             rows.append({"way": name, "ms": 1e3 * seconds, "valid": float(mask.float().mean())})
             print(f"{name:<26} {1e3 * seconds:6.2f} ms")
-    print(f"{timing.machine()}\nwritten: {timing.write_csv('masks.csv', rows)}")
+    path = timing.write_csv("masks.csv", rows)
+    print(f"{timing.machine()}\nwritten: {path}, {plot(path)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ output and the gradients. The input is 8x64x56x56 float32 (6.4 MB), for all side
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import bars
 import counting
 import timing
 import torch
@@ -48,6 +50,18 @@ def measure(name: str, layer: Callable[[Tensor, Tensor], Tensor], relu: bool, re
     }
 
 
+def plot(path: Path) -> Path:
+    """What each layer keeps, and its peak."""
+    rows = timing.read_csv(path)
+    title = f"Memory of a layer, input {rows[0]['input MB']:.1f} MB"
+    sides = {"local": "nn", "sync": "syncbn"}
+
+    def of(column: str) -> bars.Values:
+        return {key: {row["layer"]: row[column] for row in rows if row["side"] == name} for key, name in sides.items()}
+
+    return bars.draw(path, title, {"kept for the backward, MB": of("kept MB"), "peak of a step, MB": of("peak MB")})
+
+
 def main() -> None:
     torch.set_num_threads(1)
     rows = []
@@ -57,7 +71,8 @@ def main() -> None:
                 row = measure(name, layer, relu, residual)
                 rows.append(row)
                 print(f"{row['layer']:<16} {name:<8} kept {row['kept MB']:6.2f} MB   peak {row['peak MB']:6.2f} MB")
-    print(f"{timing.machine()}\nwritten: {timing.write_csv('memory.csv', rows)}")
+    path = timing.write_csv("memory.csv", rows)
+    print(f"{timing.machine()}\nwritten: {path}, {plot(path)}")
 
 
 if __name__ == "__main__":
