@@ -71,6 +71,11 @@ def blocks_apart(net: Any, wrap: Callable[[Any], Any], **options: Any) -> Any:
     return net
 
 
+def with_compiled_autograd(net: Any) -> Any:
+    torch._dynamo.config.compiled_autograd = True  # of this process, which is the mode's own
+    return torch.compile(net, fullgraph=True)
+
+
 whole = functools.partial(torch.compile, fullgraph=True)
 MODES: dict[str, Mode] = {
     "default": Mode(whole),
@@ -84,6 +89,7 @@ MODES: dict[str, Mode] = {
     "one sample a rank": Mode(whole, sizes=[(1, 1), (1, 1), (1, 1)]),
     "changing sizes": Mode(whole, sizes=[(2, 2), (3, 1), (1, 4), (5, 2)]),
     "dynamic": Mode(functools.partial(whole, dynamic=True), sizes=[(3, 2), (2, 5), (4, 4)]),
+    "compiled autograd": Mode(with_compiled_autograd),
     "blocks": Mode(functools.partial(blocks_apart, wrap=lambda block: block)),
     "checkpoint_wrapper(compile(block))": Mode(functools.partial(blocks_apart, wrap=checkpoint_wrapper)),
 }
