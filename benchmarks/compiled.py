@@ -158,7 +158,7 @@ def main() -> None:
         return
     if args.first_step:
         first_steps = measure_first_steps(args.rounds or 3)
-        print(f"{timing.machine()}\nwritten: {timing.write_csv('compiled-first-step.csv', first_steps)}")
+        print(f"{timing.machine()}\nwritten: {timing.write_csv('first-compiled-step.csv', first_steps)}")
         return
     if args.backend == "none":
         timing.keep_freed_memory()
