@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from syncbn.comm import farewell, handshake, packets, sockets
+from syncbn.comm import farewell, handshake, packets, polling, sockets
 from syncbn.comm.farewell import Farewell
 from syncbn.comm.sockets import PeersLost, Sockets
 
@@ -563,7 +563,7 @@ def test_a_lost_rank_is_named_while_waiting_for_another(delivered: bool, frame: 
     results = run(4, body)
     for rank in (0, 1, 2):
         moment, error = results[rank]
-        assert error is not None and error.ranks == {3: sockets._KILLED} and not error.timed_out
+        assert error is not None and error.ranks == {3: polling._KILLED} and not error.timed_out
         if rank < 2:
             assert moment - results[3][0] < soon()
 
@@ -885,7 +885,7 @@ def test_a_peer_that_sends_and_closes_while_it_is_looked_at(how: str) -> None:
             if how == "python":
                 assert sockets._read_soon(mine.recv_into, buffer, 10**9) == 8
             else:
-                rest = sockets._Rest((1,), [handshake.Connection(mine, LONGEST)], buffer[:0], [buffer], 0)
+                rest = polling.Rest((1,), [handshake.Connection(mine, LONGEST)], buffer[:0], [buffer], 0)
                 while (length := rest._get(0, [buffer])) < 0:
                     pass
                 assert length == 8
@@ -1134,9 +1134,9 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("kill", sockets._KILLED),
-        ("abort", sockets._KILLED),
-        ("exit", sockets._KILLED),
+        ("kill", polling._KILLED),
+        ("abort", polling._KILLED),
+        ("exit", polling._KILLED),
         ("leave", "its process ended"),
         ("raise", "its process ended with ValueError: boom"),
     ],
@@ -1176,7 +1176,7 @@ def test_a_forked_child_leaves_the_connections_alone(play: Play) -> None:
 
 def test_a_forked_child_does_not_hide_the_end_of_its_parent(play: Play) -> None:
     first, second = play(forked, 2, "outlive", dies=0)
-    assert second["ranks"] == {"0": sockets._KILLED}
+    assert second["ranks"] == {"0": polling._KILLED}
     assert second["moment"] - first["moment"] < soon()
 
 

@@ -17,8 +17,9 @@ from syncbn.comm.board import share_boards
 from syncbn.comm.frames import Frames
 from syncbn.comm.gloo import Gloo
 from syncbn.comm.handshake import Connection, all_of_host, connect_pairs
+from syncbn.comm.polling import LATE
 from syncbn.comm.post_mortem import PATIENCE, SECONDS, Note, culprits
-from syncbn.comm.sockets import LATE, PeersLost, Sockets
+from syncbn.comm.sockets import PeersLost, Sockets
 from syncbn.comm.two_levels import TwoLevels, board_size, is_led, leader_or_all
 from syncbn.comm.waiting import bury
 from syncbn.wire import FRAME, HEAD

@@ -48,6 +48,7 @@ _ABOUT = struct.Struct("<?36sQQ16s16s")
 _HELLO = struct.Struct("<4s16sII16s")
 _ANSWER = struct.Struct("<4s16s")
 _CREDENTIALS = struct.Struct("iII")
+_SYSTEM_CALLS = (__name__, "syncbn.comm.sockets", "syncbn.comm.polling", "syncbn.comm.board", "socket")
 _STRANGERS = 64  # connections of others that fit the listener's queue
 
 
@@ -320,4 +321,4 @@ def is_of_kernel(error: BaseException) -> bool:
     last = error.__traceback__
     while last.tb_next is not None:
         last = last.tb_next
-    return last.tb_frame.f_globals.get("__name__") in (__name__, "syncbn.comm.sockets", "syncbn.comm.board", "socket")
+    return last.tb_frame.f_globals.get("__name__") in _SYSTEM_CALLS

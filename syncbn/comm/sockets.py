@@ -8,7 +8,7 @@ carry a mark behind their data. A packet's length says what it is:
 A rank writes to all its peers without waiting, then reads from each. Unless too many ranks share a core, it
 looks for a while before it sleeps, as a wake-up takes longer than a message, and lets others have the core in between.
 A read blocks: that takes no time of a core. After ``PATIENCE`` seconds the reader looks at all its peers at once
-(``_Rest``), so that it hears of one that died while it waits for another. As far as all goes smoothly, an exchange is
+(``polling``), so that it hears of one that died while it waits for another. As far as all goes smoothly, an exchange is
 one call of compiled code (``packets.c``).
 
 An exchange that does not end as it should on a rank ends all of that rank's connections: it tells its peers whom it
@@ -21,7 +21,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import select
 import socket
 import sys
 import time
@@ -31,7 +30,8 @@ from typing import NoReturn
 
 from syncbn.comm import farewell, packets
 from syncbn.comm.farewell import Farewell
-from syncbn.comm.handshake import BUFFER, PATIENCE, Connection, Tell, connect_pairs, is_of_kernel, pid_of_peer
+from syncbn.comm.handshake import BUFFER, Connection, Tell, connect_pairs, is_of_kernel, pid_of_peer
+from syncbn.comm.polling import LENGTH, READ_NOW, SEND_NOW, Rest
 
 LOOKING = 300_000
 """Nanoseconds that a reader looks before it sleeps, and gives its core to others in between: some wake-ups long."""
@@ -39,17 +39,6 @@ LOOKING = 300_000
 PER_CORE = 4
 """Where there are more ranks than so many for each core, a reader does not look: they take turns too slowly."""
 
-LATE = "it did not come in time"
-
-GRACE = PATIENCE / 2
-"""Seconds until a peer that closed without a word, after its frame was read, is lost to that exchange."""
-
-_SEND_NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-_LENGTH = socket.MSG_TRUNC  # a read returns the length of the packet, also of one that is longer than the buffer
-_READ_NOW = socket.MSG_DONTWAIT | _LENGTH
-_MARK = b"more"
-_LONGEST = 3600.0  # seconds: poll() takes no infinity
-_KILLED = "its process ended without a word: it was killed, or it crashed"
 _FORKED = "this is a forked child, which cannot use its parent's connections; make a process group of its own"
 _UNFINISHED = "it left an exchange unfinished"
 
@@ -160,7 +149,7 @@ class Sockets:
         try:
             if len(frame) <= self._packet:
                 for send in self._sends:
-                    send(frame, _SEND_NOW)
+                    send(frame, SEND_NOW)
                     self._sent += 1
         except BaseException as error:
             if not is_of_kernel(error):  # else full, or closed by the peer: receive() finds out
@@ -259,7 +248,7 @@ class Sockets:
         if read == count and self._sent == count:
             return [expected] * count
         assert self._frame is not None
-        rest = _Rest(self.peers, self._ends, self._frame, buffers, self._exchanges)
+        rest = Rest(self.peers, self._ends, self._frame, buffers, self._exchanges)
         rest.run(self._sent, read, other, deadline)
         if rest.lost and rest.expired and not self._alone:
             raise PeersLost(rest.lost, True, expired=True)
@@ -329,12 +318,12 @@ def _read_soon(read: Callable[..., int], buffer: memoryview, looking: int) -> in
     enough = time.monotonic_ns() + looking if looking else 0
     while looking and time.monotonic_ns() < enough:
         try:
-            return read(buffer, 0, _READ_NOW) or _read_again(read, buffer)
+            return read(buffer, 0, READ_NOW) or _read_again(read, buffer)
         except BlockingIOError as error:
             if not is_of_kernel(error):
                 raise
             os.sched_yield()
-    return read(buffer, 0, _LENGTH) or _read_again(read, buffer)
+    return read(buffer, 0, LENGTH) or _read_again(read, buffer)
 
 
 def _read_again(read: Callable[..., int], buffer: memoryview) -> int:
@@ -343,182 +332,14 @@ def _read_again(read: Callable[..., int], buffer: memoryview) -> int:
     It looks for a packet first, and then whether the peer has closed: one that sent its packet and closed in between
     seems to have sent nothing. So its end is believed when it is told twice.
     """
-    return read(buffer, 0, _READ_NOW)
-
-
-class _Rest:
-    """The rest of an exchange: writes to and reads from all peers at once, as they are ready.
-
-    Peers are numbered by their place in ``ends``.
-
-    Attributes:
-        lost: ranks that are to blame for the end of the exchange, and why.
-        timed_out: whether they came too late.
-        expired: whether they are just those who have not come by the deadline.
-        lengths: bytes of the frames that were read here.
-    """
-
-    def __init__(
-        self,
-        peers: Sequence[int],
-        ends: Sequence[Connection],
-        frame: memoryview,
-        buffers: Sequence[memoryview],
-        exchanges: int,
-    ) -> None:
-        self.lost: dict[int, str] = {}
-        self.timed_out = self.expired = False
-        self.lengths: dict[int, int] = {}
-        self._peers, self._ends, self._frame, self._buffers = peers, ends, frame, buffers
-        self._exchanges = exchanges
-        self._unsent: dict[int, int] = {}  # bytes written so far
-        self._unread: dict[int, int] = {}  # bytes read so far
-        self._closed: set[int] = set()  # closed by the peer before all was written to it
-        self._silent: dict[int, float] = {}  # closed without a word after its frame was read: when that is a loss
-        self._spill = bytearray(farewell.LIMIT)
-        self._poll = select.poll()
-
-    def run(self, sent: int, read: int, other: int, deadline: float) -> None:
-        """Go on after so many peers were written to and read from, in order.
-
-        Args:
-            other: length of a packet that was read from the next peer as well, or -1.
-        """
-        count = len(self._ends)
-        self._unsent = dict.fromkeys(range(sent, count), 0)
-        self._unread = dict.fromkeys(range(read, count), 0)
-        if other >= 0:
-            self._take(read, other, self._buffers[read])
-        places = {end.socket.fileno(): place for place, end in enumerate(self._ends)}
-        for place in range(count):
-            self._watch(place)
-        while (self._unsent or self._unread) and not self.lost:
-            # Of several, some may wait for another in the exchange before. Their time is over, too: they will say so.
-            end = deadline + (GRACE if len(self._unsent | self._unread) > 1 else 0.0)
-            wait = min([end, *self._silent.values()]) - time.monotonic()
-            ready = self._poll.poll(min(max(0.0, wait), _LONGEST) * 1000)
-            for number, events in ready:
-                self._serve(places[number], events)
-            if not ready:
-                self._expire(end)
-
-    def _watch(self, place: int) -> None:
-        """A peer that has done its part is watched for its end only; one of whose end it is known, no more."""
-        wanted = select.POLLIN if place in self._unread else select.POLLRDHUP
-        if place in self._unsent:
-            wanted |= select.POLLOUT
-        self._poll.register(self._ends[place].socket, wanted)
-
-    def _serve(self, place: int, events: int) -> None:
-        if place in self._unsent and events & select.POLLOUT:
-            self._write(place)
-        ended = bool(events & ~select.POLLOUT)
-        if place in self._unread and ended:
-            self._read(place)
-            ended = False
-        if place not in self._unread and (ended or place in self._closed):
-            self._part(place)
-        else:
-            self._watch(place)
-
-    def _write(self, place: int) -> None:
-        """Write to a peer until its buffer is full."""
-        end = self._ends[place]
-        start = self._unsent[place]
-        try:
-            while len(self._frame) - start > end.packet:
-                part = end.packet // 16 * 8  # small parts leave room for a farewell
-                end.socket.sendmsg([self._frame[start : start + part], _MARK], (), _SEND_NOW)
-                start += part
-            end.socket.send(self._frame[start:], _SEND_NOW)
-            del self._unsent[place]
-        except BlockingIOError as error:
-            if not is_of_kernel(error):
-                raise
-            self._unsent[place] = start
-        except OSError as error:
-            if not is_of_kernel(error):
-                raise
-            del self._unsent[place]
-            self._closed.add(place)
-
-    def _read(self, place: int) -> None:
-        rest = self._buffers[place][self._unread[place] :]
-        length = self._get(place, [rest, self._spill])
-        if length >= 0:
-            self._take(place, length, rest)
-
-    def _get(self, place: int, buffers: Sequence[memoryview | bytearray], flags: int = _READ_NOW) -> int:
-        """Length of the next packet from a peer; 0 if it closed, which is told twice, -1 if there is none yet."""
-        read = self._ends[place].socket.recvmsg_into
-        while True:
-            try:
-                return read(buffers, 0, flags)[0] or read(buffers, 0, flags)[0]  # as in _read_again
-            except OSError as error:
-                if not is_of_kernel(error):
-                    raise
-                if isinstance(error, BlockingIOError):
-                    return -1
-                if not isinstance(error, ConnectionResetError):  # said once, before what the peer had sent
-                    return 0
-
-    def _take(self, place: int, length: int, data: memoryview) -> None:
-        """Account for a packet: its bytes are in ``data``, and in the spill what does not fit there."""
-        if length == 0:
-            self._lose(place, _KILLED)
-        elif length % 2:
-            self._hear(place, farewell.decode((bytes(data[:length]) + self._spill)[:length]))
-        else:
-            marked = length % 8 == len(_MARK)
-            size = length - len(_MARK) if marked else length
-            if size > len(data):
-                self._lose(place, f"it sent {length} bytes where {len(data)} were awaited")
-            elif marked:
-                self._unread[place] += size
-            else:
-                self.lengths[place] = self._unread.pop(place) + size
-
-    def _part(self, place: int) -> None:
-        """Look why a peer closed whose frame was read: it may have completed the exchange and left."""
-        self._poll.unregister(self._ends[place].socket)
-        closed = place in self._closed
-        length = self._get(place, [self._spill], _READ_NOW | socket.MSG_PEEK)
-        if length % 2 and length > 0:
-            said = farewell.decode(bytes(self._spill[:length]))
-            if closed or said is None or said.exchanges <= self._exchanges:
-                self._hear(place, said)
-        elif closed:
-            self._lose(place, _KILLED)
-        elif length == 0:
-            self._silent[place] = time.monotonic() + GRACE
-        # Else there is a frame of the next exchange: it completed this one.
-
-    def _hear(self, place: int, said: Farewell | None) -> None:
-        if said is None:
-            self._lose(place, "it sent bytes that are no message")
-        else:
-            self.lost |= said.lost
-            self.timed_out |= said.timed_out
-
-    def _lose(self, place: int, reason: str) -> None:
-        self.lost.setdefault(self._peers[place], reason)
-
-    def _expire(self, deadline: float) -> None:
-        now = time.monotonic()
-        for place, end in self._silent.items():
-            if now >= end:
-                self._lose(place, _KILLED)
-        if now >= deadline and not self.lost:
-            self.timed_out = self.expired = True
-            for place in self._unsent | self._unread:
-                self._lose(place, LATE)
+    return read(buffer, 0, READ_NOW)
 
 
 def _say(end: socket.socket, last: bytes) -> None:
     """Send a peer the last packet, and wake it."""
     with contextlib.suppress(OSError):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)  # for a peer that has not read for a while
-        end.send(last, _SEND_NOW)
+        end.send(last, SEND_NOW)
     with contextlib.suppress(OSError):
         end.shutdown(socket.SHUT_RDWR)
 
