@@ -417,17 +417,17 @@ def normalize_shared(
 _NO_REPORT = None, 0, 0
 
 
-def _taken(shared: Shared | None) -> tuple[Tensor | None, Tensor | None, tuple[int, int, int], bool]:
+def _taken(shared: Shared | None) -> tuple[Tensor | None, Tensor | None, tuple[float, int, int], bool]:
     """What ``normalize`` and ``input_gradient`` take of what all ranks have written: ``sums``, ``record``, ``(exchange,
     ranks, distance)`` and ``GATHERED``.
     """
     if shared is None:
-        return None, None, (0, 0, 0), False
+        return None, None, (0.0, 0, 0), False
     parts, raw, report = shared
     record, exchange, ranks = _NO_REPORT if report is None else report.taken()
     if raw:
-        return parts, record, (exchange, ranks, 0), False
-    return parts, record, (exchange, parts.shape[0], parts.stride(0)), True
+        return parts, record, (float(exchange), ranks, 0), False
+    return parts, record, (float(exchange), parts.shape[0], parts.stride(0)), True
 
 
 def _is_plain(running: Running) -> bool:

@@ -19,8 +19,6 @@ them or more. Then the tile is summed in float32, and all further sums are float
 fixes. No element is converted to float64: that would cost more than the memory.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
@@ -30,7 +28,6 @@ HEAD = tl.constexpr(wire.SLOTS)  # slots in front of a message's payload
 HEADER = tl.constexpr(wire.HEAD)  # float64 of the header in front of these, where messages are gathered
 BUCKET = tl.constexpr(1024)  # a message is never longer than its content by more than this
 RUN = tl.constexpr(32)
-COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1")
 
 
 @triton.jit
@@ -69,15 +66,25 @@ def _reciprocal(n):
 
 
 @triton.jit
+def _inverse_root(v):
+    """``1 / sqrt(v)`` in float64, to 1e-13, likewise by Newton's method; v may be beyond what float32 holds."""
+    rough = v.to(tl.float32)
+    large = rough > 1e30
+    small = rough < 1e-30
+    v = v * tl.where(large, 1e-60, tl.where(small, 1e60, 1.0))
+    r = tl.rsqrt(v.to(tl.float32)).to(tl.float64)
+    r = tl.fma(r, tl.fma(-v * r, 0.5 * r, 0.5), r)
+    return r * tl.where(large, 1e-30, tl.where(small, 1e30, 1.0))
+
+
+@triton.jit
 def _once(values):
     """The same, computed once for each channel and handed to all threads that need it.
 
     The compiler would have each thread compute the values of all its channels, and float64 is slow on most devices. It
-    cannot repeat what may have an effect. The interpreter has no assembler, nor threads.
+    does so for what is cheap to load and to compute, but not across a gather, which takes values of other threads.
     """
-    if COMPILED:
-        values = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=tl.float32, is_pure=False, pack=1)
-    return values
+    return tl.gather(values, tl.arange(0, values.shape[0]), 0)
 
 
 @triton.jit
@@ -207,7 +214,7 @@ def _report(record, sums, exchange, ranks):
         values = tl.load(slots + slot, mask=slot < HEAD, other=0.0)
         tl.store(record + 1 + slot, values, mask=(slot < HEAD) & empty)
         tl.debug_barrier()
-        tl.store(record + slot, tl.cast(exchange, tl.float64) + slot * 0.0, mask=(slot == 0) & empty)
+        tl.store(record + slot, exchange + slot * 0.0, mask=(slot == 0) & empty)
 
 
 @triton.jit
@@ -230,7 +237,7 @@ def _report_each(record, parts, distance, exchange, ranks):
             values = tl.load(fronts + rank * distance + word, mask=mask, other=0.0)
             tl.store(record + 1 + rank * (HEADER + HEAD) + word, values, mask=mask & empty)
         tl.debug_barrier()
-        tl.store(record + word, tl.cast(exchange, tl.float64) + word * 0.0, mask=(word == 0) & empty)
+        tl.store(record + word, exchange + word * 0.0, mask=(word == 0) & empty)
 
 
 @triton.jit
@@ -336,7 +343,7 @@ def _read_sums(sums, c, inside, channels, eps):
     share = _reciprocal(tl.maximum(n, 1.0))
     mean = total * share
     m2 = _at_least_zero(squares - mean * total)
-    return n, mean, m2, tl.rsqrt(m2 * share + eps)
+    return n, mean, m2, _inverse_root(m2 * share + eps)
 
 
 @triton.jit
@@ -354,7 +361,7 @@ def _merge(parts, distance, ranks, c, inside, channels, eps):
         mean += delta * share
         m2 += tl.load(part + 1 + channels + c, mask=inside, other=0.0) + delta * delta * (n * share)
         n = union
-    return n, mean, m2, tl.rsqrt(m2 * _reciprocal(tl.maximum(n, 1.0)) + eps)
+    return n, mean, m2, _inverse_root(m2 * _reciprocal(tl.maximum(n, 1.0)) + eps)
 
 
 @triton.jit
@@ -377,15 +384,15 @@ def _look(record, sums, distance, exchange, ranks, GATHERED: tl.constexpr):
 @triton.jit
 def _affine(mean, invstd, weight, bias, c, inside):
     """Pivot, scale and shift in float32: ``(x - pivot) * scale + shift`` is the output. The same bits each time."""
-    scale = invstd
-    if weight is not None:
-        scale = invstd * _wide(tl.load(weight + c, mask=inside, other=0.0))
     pivot = mean.to(tl.float32)
+    rest = (pivot.to(tl.float64) - mean).to(tl.float32)
+    scale = invstd.to(tl.float32)
+    if weight is not None:
+        scale = scale * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
     shift = tl.zeros_like(scale)
     if bias is not None:
-        shift = _wide(tl.load(bias + c, mask=inside, other=0.0))
-    shift = tl.fma(pivot.to(tl.float64) - mean, scale, shift)
-    return pivot, scale.to(tl.float32), shift.to(tl.float32)
+        shift = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    return pivot, scale, tl.fma(rest, scale, shift)
 
 
 @triton.jit
@@ -416,17 +423,17 @@ def _move(running, values, keep, momentum, c, inside):
 def _remember(running_mean, running_var, n, mean, m2, momentum, c, inside):
     """Move the running statistics, but for an empty batch, and for channels that are not finite in their dtype."""
     var = m2 * _reciprocal(tl.maximum(n - 1.0, 1.0))
-    rounded_mean = _wide(_rounded(mean, running_mean.dtype.element_ty))
-    rounded_var = _wide(_rounded(var, running_var.dtype.element_ty))
+    rounded_mean = _rounded(mean, running_mean.dtype.element_ty)
+    rounded_var = _rounded(var, running_var.dtype.element_ty)
     keep = ~tl.where(n > 0, _is_finite(rounded_mean) & _is_finite(rounded_var), False)
     _move(running_mean, mean, keep, momentum, c, inside)
     _move(running_var, var, keep, momentum, c, inside)
 
 
-@triton.jit(do_not_specialize=["exchange", "ranks", "distance", "images", "channels", "units", "per_split"])
+@triton.jit(do_not_specialize=["ranks", "distance", "images", "channels", "units", "per_split"])
 def normalize(
     x, y, residual, weight, bias, sums, stats, running_mean, running_var, batches, record,
-    exchange, ranks, distance, momentum: tl.float64, eps: tl.float64, images, channels, units, per_split,
+    exchange: tl.float64, ranks, distance, momentum: tl.float64, eps: tl.float64, images, channels, units, per_split,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, GATHERED: tl.constexpr, RELU: tl.constexpr, CUMULATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -462,7 +469,7 @@ def normalize(
                 counted = tl.load(batches) + (n > 0).to(tl.int64)
                 if CUMULATIVE:
                     # By this program for all channels: another one might read the counter before or after the store.
-                    weight_of_new = 1.0 / tl.maximum(counted, 1).to(tl.float64)
+                    weight_of_new = _reciprocal(tl.maximum(counted, 1).to(tl.float64))
                     for other in range(0, blocks):
                         k = other * BC + tl.arange(0, BC)
                         _, mu_k, m2_k, _ = _statistics(sums, distance, ranks, k, k < channels, channels, eps, GATHERED)
@@ -569,10 +576,10 @@ def finish_gradients(
         tl.store(dbias + c, _rounded(total, dbias.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["exchange", "ranks", "distance", "images", "channels", "units", "per_split"])
+@triton.jit(do_not_specialize=["ranks", "distance", "images", "channels", "units", "per_split"])
 def input_gradient(
     grad, x, residual, weight, bias, stats, sums, dx, dresidual, record,
-    exchange, ranks, distance, images, channels, units, per_split,
+    exchange: tl.float64, ranks, distance, images, channels, units, per_split,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, GATHERED: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
@@ -605,11 +612,8 @@ def input_gradient(
                 sum_gx += some_gx
         slope = sum_gx * share * deviation
         level = sum_g * share + slope * (pivot.to(tl.float64) - mu)
-        wide_scale = deviation
-        if weight is not None:
-            wide_scale = deviation * _wide(tl.load(weight + c, mask=inside, other=0.0))
         slope_of_x = _once(slope.to(tl.float32))
-        offset = _once((-level * wide_scale).to(tl.float32))
+        offset = _once(-level.to(tl.float32) * scale)
     pivot, scale = _once(pivot), _once(scale)
     if RELU:
         shift = _once(shift)
