@@ -6,15 +6,18 @@
 The kernels are called as the layer calls them, for a set of shapes, layouts and dtypes; what would be launched is
 compiled to machine code by the assembler that Triton brings along. Printed: registers per thread, bytes of stack and of
 local memory (to which registers are spilled), shared memory, and with --sass how many accesses to global memory of 16
-bytes and of less the code has, and instructions in float64. Fails if a variant uses local memory.
+bytes and of less the code has, its instructions in float64, and how often a program counts itself to find the last
+one. Fails if a variant uses local memory, or if memory is not in order where programs count.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,6 +128,8 @@ def variants(quick: bool) -> Iterator[tuple[str, int, Any]]:
     for wide in (False,) if quick else (False, True):
         for shape, dtype, columns, relu, half, gathered in cases[:: 9 if wide else 1]:
             kernels.SIZES = shipped._replace(wide=0) if wide else shipped
+            if quick and gathered:  # those that merge parts as well
+                kernels.SIZES = shipped._replace(fold=0)
             with recorded() as launches:
                 step(shape, dtype, columns, relu, half, gathered)
             kernels.SIZES = shipped
@@ -144,6 +149,23 @@ def accesses(sass: str) -> tuple[int, int]:
     found = re.findall(r"\b(?:LDG|STG)(\.[\w.]+)", sass)
     wide = sum(".128" in name for name in found)
     return wide, len(found) - wide
+
+
+def counts_in_order(sass: str) -> str:
+    """How often a program counts itself, to find the last one, and whether memory is in order around it: "", "2", or
+    what is wrong.
+
+    All of its threads have stored (a barrier), what they stored is out (a fence), it counts, what lies in its cache is
+    void, and all threads know (a barrier).
+    """
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", sass)
+    order = [name for name in names if name.startswith(("ATOM", "BAR.SYNC", "MEMBAR", "CCTL.IVALL", "LDG", "STG"))]
+    places = [i for i, name in enumerate(order) if name.startswith("ATOM")]
+    for i in places:
+        around = [name.partition(".")[0] for name in order[i - 2 : i + 3]]
+        if around != ["BAR", "MEMBAR", order[i].partition(".")[0], "CCTL", "BAR"] or ".GPU" not in order[i - 1]:
+            return f"not in order: {' '.join(order[i - 2 : i + 3])}"
+    return str(len(places)) if places else ""
 
 
 def in_float64(sass: str) -> int:
@@ -169,36 +191,59 @@ def dump(cubin: bytes, what: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | path).stdout
 
 
+def rows_of(arch: int, quick: bool, with_sass: bool) -> Iterator[dict[str, object]]:
+    """What the compiler makes of each variant for one architecture, as it is made."""
+    driver.set_active(NoDevice(arch))
+    for what, warps, compiled in variants(quick):
+        usage = resources(compiled.asm["cubin"])
+        row: dict[str, object] = {
+            "kernel": what, "arch": arch, "warps": warps, "registers": usage["REG"], "stack": usage["STACK"],
+            "local": usage.get("LOCAL", 0), "shared": compiled.metadata.shared,
+        }  # fmt: skip
+        if with_sass:
+            sass = dump(compiled.asm["cubin"], "--dump-sass")
+            row["16-byte accesses"], row["narrower"] = accesses(sass)
+            row["float64"] = in_float64(sass)
+            row["counted"] = counts_in_order(sass)
+        yield row
+
+
+def compile_apart(arch: int, options: list[str]) -> list[dict[str, object]]:
+    """``rows_of`` in a process of its own, which shows them; it ends without taking the compiler down, which may fail
+    after some hundred kernels (a segmentation fault, seen with Triton 3.9).
+    """
+    with tempfile.NamedTemporaryFile("r") as file:
+        command = [sys.executable, __file__, "--arch", str(arch), "--rows", file.name, *options]
+        subprocess.run(command, check=True)
+        return [json.loads(line) for line in file]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="compile the GPU kernels without a GPU")
     parser.add_argument("--arch", type=int, nargs="+", default=[90, 89, 80])
     parser.add_argument("--sass", action="store_true", help="count accesses in the machine code")
     parser.add_argument("--quick", action="store_true", help="one small layer only")
     parser.add_argument("--csv", default="", help="name of a file to write, in $BENCHMARKS_OUT or out/benchmarks")
+    parser.add_argument("--rows", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    rows: list[dict[str, object]] = []
-    spilled = []
-    for arch in args.arch:
-        driver.set_active(NoDevice(arch))
-        for what, warps, compiled in variants(args.quick):
-            usage = resources(compiled.asm["cubin"])
-            row: dict[str, object] = {
-                "kernel": what, "arch": arch, "warps": warps, "registers": usage["REG"], "stack": usage["STACK"],
-                "local": usage.get("LOCAL", 0), "shared": compiled.metadata.shared,
-            }  # fmt: skip
-            if args.sass:
-                sass = dump(compiled.asm["cubin"], "--dump-sass")
-                row["16-byte accesses"], row["narrower"] = accesses(sass)
-                row["float64"] = in_float64(sass)
-            rows.append(row)
-            print("  ".join(f"{key} {value}" if key != "kernel" else f"{value:<70}" for key, value in row.items()))
-            if usage["STACK"] > CALL or usage.get("LOCAL"):
-                spilled.append(row)
+    if args.rows:
+        with open(args.rows, "w") as file:
+            for row in rows_of(args.arch[0], args.quick, args.sass):
+                file.write(json.dumps(row) + "\n")
+                text = (f"{key} {value}" if key != "kernel" else f"{value:<70}" for key, value in row.items())
+                print("  ".join(text), flush=True)
+        os._exit(0)
+    options = [name for name, chosen in (("--sass", args.sass), ("--quick", args.quick)) if chosen]
+    rows = [row for arch in args.arch for row in compile_apart(arch, options)]
+    spilled = [row for row in rows if int(str(row["stack"])) > CALL or row["local"]]
     print(f"{len(rows)} kernels compiled by Triton {triton.__version__}, {len(spilled)} with local memory")
     if args.csv:
         print(f"written: {timing.write_csv(args.csv, [row | {'triton': triton.__version__} for row in rows])}")
     if spilled:
         raise SystemExit(f"local memory is used: {spilled}")
+    racing = [row for row in rows if str(row.get("counted", "")).startswith("not")]
+    if racing:
+        raise SystemExit(f"programs may not see what others wrote: {racing}")
 
 
 if __name__ == "__main__":

@@ -112,23 +112,20 @@ def test_what_matters_most_is_measured_first() -> None:
 
 
 def test_every_kernel_compiles() -> None:
-    """To machine code of Hopper, which finds errors of types that the interpreter does not; nothing spills."""
-    said = python("benchmarks/cubins.py", "--quick", "--arch", "90", interpret=False)
-    for name in (
-        "measure", "finish_moments", "normalize", "sum_gradients", "finish_gradients", "input_gradient",
-    ):  # fmt: skip
-        assert f"{name} " in said
-    assert "0 with local memory" in said
+    """To machine code, which finds errors of types that the interpreter does not; nothing spills.
 
-
-@pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9), reason="counts instructions as Triton 3.9 writes them"
-)
-def test_float64_is_computed_once_for_each_channel() -> None:
-    """And not by all threads for all their channels, which took up to 339 instructions: most devices are slow at it."""
+    Float64 is computed once for each channel, and not by all threads for all their channels, which took up to 339
+    instructions: most devices are slow at it. Programs that merge the parts of others see what these wrote.
+    """
     said = python("benchmarks/cubins.py", "--quick", "--arch", "89", "--sass", interpret=False)
     counts: dict[str, int] = {}
     for line in said.splitlines():
         if "  float64 " in line:
-            counts[line.split()[0]] = max(counts.get(line.split()[0], 0), int(line.split("  float64 ")[1]))
-    assert counts["measure"] <= 80 and counts["normalize"] <= 110 and counts["input_gradient"] <= 40
+            name, count = line.split()[0], int(line.split("  float64 ")[1].split()[0])
+            counts[name] = max(counts.get(name, 0), 0 if "gathered" in line else count)
+    assert counts.keys() == {
+        "measure", "finish_moments", "normalize", "sum_gradients", "finish_gradients", "input_gradient",
+    }  # fmt: skip
+    assert counts["normalize"] <= 70 and counts["input_gradient"] <= 24
+    assert said.count("gathered") >= 5 and "0 with local memory" in said
+    assert "counted 2" in said and said.count("counted 1") >= 1  # `measure` and `sum_gradients`

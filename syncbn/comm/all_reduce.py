@@ -157,7 +157,8 @@ class AllReduceOnDevice(OnDevice, AllReduce):
 
     def _carry(self, message: Message, call: Call, width: int) -> tuple[Tensor, Tensor]:
         self._reduce(message.whole, call, width)
-        return message.whole, message.payload[None]
+        whole = message.whole
+        return whole, whole.as_strided((1, width), (width, 1), SLOTS)  # (quicker than an index)
 
     def _front(self, whole: Tensor) -> Tensor:
         return whole[:SLOTS]

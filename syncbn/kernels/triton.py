@@ -13,7 +13,8 @@ that gives the sum over ranks take three launches each, and nothing else::
     (the sum over all ranks)
     shared_input_gradient    input_gradient      dy, x, message   -> dx (and the residual's gradient)
 
-A small input is measured by one program, which writes the message itself. docs/gpu.md says how the work is divided and
+The last program of a reduction of a small input does what ``finish`` does, and a very small one is measured by a single
+program, which writes the message itself. docs/gpu.md says how the work is divided and
 why. How many programs share a reduction depends on the shape alone, and no floats are added atomically: results are the
 same in every run and on every device. Nothing waits for the device, and nothing is copied to it.
 
@@ -55,6 +56,10 @@ class Sizes(NamedTuple):
             to a second round.)
         tiles: that a program of an element-wise kernel works on at most, for its work per channel to be little beside
             them.
+        fold: elements up to which the last program of a reduction merges the parts of the others, a launch less; where
+            launches take longer than what they launch.
+        folded: that it merges then, for each of two results: there are no more parts of its channels. (Of 64 kB, one
+            multiprocessor's in a microsecond.)
         whole: elements up to which one program measures the whole input, if it has few channels: a launch less.
         whole_channels, whole_tile: of that program.
         wide: elements from which on offsets take 64 bits; below 2^31, for the last tiles reach beyond the end.
@@ -63,6 +68,8 @@ class Sizes(NamedTuple):
     tile: int = 8192
     programs: int = 396
     tiles: int = 8
+    fold: int = 1 << 19
+    folded: int = 4096
     whole: int = 1 << 14
     whole_channels: int = 512
     whole_tile: int = 4096
@@ -147,6 +154,9 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+_COUNTERS = 512  # on a stream: of all blocks of channels, and of each
+
+
 class _Layout:
     """What a shape with its strides leads to, worked out once.
 
@@ -159,14 +169,15 @@ class _Layout:
         reducing: programs of a reduction.
         partials: how many float64 the parts of a reduction take, with the counts of parts.
         finish: programs that merge the parts, and the constants BC and BS of each.
+        fold: the constant FOLD: how many parts the last program of a reduction merges at a time; 0 where others do.
         whole: how one program measures the whole input; None if it is too large for one.
         runs: the constant RUNS of ``measure``.
         compiled: kernels that were launched, for ``_launch``.
     """
 
     __slots__ = (
-        "canonical", "columns", "compiled", "cut", "finish", "partials", "per_split", "programs", "reducing", "runs",
-        "sizes", "splits", "stride", "tile", "whole", "wide",
+        "canonical", "columns", "compiled", "cut", "finish", "fold", "partials", "per_split", "programs", "reducing",
+        "runs", "sizes", "splits", "stride", "tile", "whole", "wide",
     )  # fmt: skip
 
     def __init__(self, sizes: Sizes, x: Tensor, tensors: int) -> None:
@@ -182,8 +193,14 @@ class _Layout:
             cut = _cut(len(x), channels, x.numel() // max(1, len(x) * channels), False, elements, sizes)
         self.cut, self.sizes, self.tile, self.wide = cut, cut.sizes, cut.tile, cut.wide
         self.splits, self.per_split, self.programs = cut.splits(sizes), cut.per_split(sizes), cut.programs(sizes)
+        self.fold = 0
+        if 0 < x.numel() <= sizes.fold and cut.blocks < _COUNTERS and cut.bc <= sizes.folded:
+            self.splits = min(self.splits, sizes.folded // cut.bc)
+            self.fold = min(_power_of_two(self.splits), max(1, 1024 // cut.bc))
         self.reducing = self.splits * cut.blocks
         self.partials = (2 * channels + 1) * self.splits
+        if self.fold:
+            self.partials += (self.splits + 1) * cut.blocks  # counts of each block, and whether it is finite
         # Few channels of partial results to a program, so that there are many programs: 32 bytes of a row at least.
         bc = min(_power_of_two(channels), max(4, min(16, _power_of_two(channels) // 16)))
         self.finish = -(-channels // bc), (bc, min(_power_of_two(self.splits), 1024 // bc))
@@ -330,6 +347,26 @@ def probe(device: torch.device) -> None:
     _launch(_NOTHING, x, triton_kernels.probe, 1, (x,), (), (), warps=1)
 
 
+_zeros: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(like: Tensor) -> Tensor:
+    """Zeros, with which the programs of a launch on the current stream find the last one; it leaves zeros.
+
+    Launches on a stream come one after the other. A graph may run on any, beside others: it has zeros of its own, and
+    makes them in each of its runs.
+    """
+    device = like.device
+    if _torch.is_capturing(device):
+        return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    key = device, _torch.raw_stream(device)
+    known = _zeros.get(key)
+    if known is None:
+        with _torch.outside_modes():
+            known = _zeros[key] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    return known
+
+
 def _vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
@@ -356,15 +393,18 @@ def _measure(
     flags = headed, raw
     if whole is not None:
         _launch(
-            layout, x, triton_kernels.measure, 1, (data, None, message, header), (tag, number, length, *whole.sizes, 1),
-            (*whole.tile, 0, *flags, True), warps=8,
+            layout, x, triton_kernels.measure, 1, (data, None, message, header, None),
+            (tag, number, length, *whole.sizes, 1), (*whole.tile, 0, *flags, True, 0), warps=8,
         )  # fmt: skip
         return
-    partials = message.new_empty(layout.partials)
+    partials, fold = message.new_empty(layout.partials), layout.fold
     _launch(
-        layout, x, triton_kernels.measure, layout.reducing, (data, partials, message, header),
-        (tag, number, length, *layout.sizes, layout.splits), (*layout.tile, layout.runs, *flags, False),
+        layout, x, triton_kernels.measure, layout.reducing,
+        (data, partials, message, header, _counters(x) if fold else None),
+        (tag, number, length, *layout.sizes, layout.splits), (*layout.tile, layout.runs, *flags, False, fold),
     )  # fmt: skip
+    if fold:
+        return
     programs, tile = layout.finish
     _launch(
         layout, x, triton_kernels.finish_moments, programs, (partials, message),
@@ -533,6 +573,9 @@ def pack_gradient_sums(
     return gradients
 
 
+_NOT_FOLDED = (None,) * 5
+
+
 def _sum_gradients(
     grad: Tensor,
     x: Tensor,
@@ -552,16 +595,19 @@ def _sum_gradients(
     partials = stats.new_empty(layout.partials)
     if not relu:
         weight = bias = residual = None
+    fold, length = layout.fold, 0 if outputs[0] is None else outputs[0].shape[0]
     _launch(
         layout, x, triton_kernels.sum_gradients, layout.reducing,
         (
             layout.laid_out(grad), layout.laid_out(x), None if residual is None else layout.laid_out(residual),
             _vector(weight), _vector(bias), stats, partials,
+            *((*outputs, _counters(x)) if fold else _NOT_FOLDED),
         ),
-        (*layout.sizes, layout.splits), (*layout.tile, relu),
+        (tag, number, length, *layout.sizes, layout.splits), (*layout.tile, relu, headed and fold > 0, fold),
     )  # fmt: skip
+    if fold:
+        return
     programs, tile = layout.finish
-    length = 0 if outputs[0] is None else outputs[0].shape[0]
     _launch(
         layout, x, triton_kernels.finish_gradients, programs, (partials, stats, *outputs),
         (tag, number, length, cut.channels, layout.splits), (*tile, headed),

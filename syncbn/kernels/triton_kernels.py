@@ -246,15 +246,63 @@ def _any_broken(first, second, inside):
     return tl.max(broken.to(tl.int32), 0)
 
 
+@triton.jit
+def _is_last(counter, programs):
+    """Whether this is the last of so many programs to come here; what the others wrote before is to be seen then.
+
+    A counter is zero before and after. Each program releases what it wrote and acquires what others did: the barriers
+    extend that from the thread that counts to all threads of the program.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def _merge_splits(partials, counts, c, inside, channels, splits, BS: tl.constexpr, RAW: tl.constexpr):
+    """Moments of all splits of some channels: count and means and squared deviations, or with ``RAW`` sums."""
+    means = partials
+    squares = partials + splits * channels
+    n = tl.full([], 0.0, tl.float64)
+    first = tl.zeros_like(c).to(tl.float64)
+    second = tl.zeros_like(c).to(tl.float64)
+    for start in range(0, splits, BS):
+        s = start + tl.arange(0, BS)
+        place = s[:, None] * channels + c[None, :]
+        mask = (s < splits)[:, None] & inside[None, :]
+        count = tl.load(counts + s, mask=s < splits, other=0.0)
+        weighted = count[:, None] * tl.load(means + place, mask=mask, other=0.0)
+        n += tl.sum(count, 0)
+        first += tl.sum(weighted, 0)
+        if RAW:
+            mean = tl.load(means + place, mask=mask, other=0.0)
+            second += tl.sum(tl.load(squares + place, mask=mask, other=0.0) + weighted * mean, 0)
+    if not RAW:
+        first = first * _reciprocal(tl.maximum(n, 1.0))
+        for start in range(0, splits, BS):
+            s = start + tl.arange(0, BS)
+            place = s[:, None] * channels + c[None, :]
+            mask = (s < splits)[:, None] & inside[None, :]
+            count = tl.load(counts + s, mask=s < splits, other=0.0)
+            d = tl.load(means + place, mask=mask, other=0.0) - first[None, :]
+            second += tl.sum(tl.load(squares + place, mask=mask, other=0.0) + count[:, None] * d * d, 0)
+    return n, first, second
+
+
 @triton.jit(do_not_specialize=["tag", "number", "length", "images", "channels", "units", "splits"])
 def measure(
-    x, partials, message, header, tag, number, length, images, channels, units, splits,
+    x, partials, message, header, counters, tag, number, length, images, channels, units, splits,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     WIDE: tl.constexpr, RUNS: tl.constexpr, HEADED: tl.constexpr, RAW: tl.constexpr, WHOLE: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
     """Moments of each split; with ``WHOLE``, the one program there is writes the message at once.
 
-    ``partials`` is ``(means[splits, C], squares[splits, C], counts[splits])``.
+    ``partials`` is ``(means[splits, C], squares[splits, C], counts[blocks, splits], broken[blocks])``. With ``FOLD``,
+    the last program of each block of channels merges its splits, so many at a time, and the last of these writes the
+    head; ``counters`` are one for the blocks, and one for each block. Without it, ``counts`` is that of one block.
     """
     if COLUMNS:
         channels = units * ALIGN
@@ -281,11 +329,33 @@ def measure(
         _write_pair(payload + 1, first, second, c, inside, channels)
     else:
         _write_pair(partials, mean, m2, split * channels + c, inside, splits * channels)
-        if block == 0:
-            tl.store(partials + 2 * splits * channels + split, n)
-        if HEADED:
-            if tl.program_id(0) == 0:
-                _write_head(message, header, tag, number, length, HEAD + 1 + 2 * channels, 0.0)
+        counts = partials + 2 * splits * channels
+        if FOLD:
+            # Of each block its own: nobody waits for the programs of another one.
+            tl.store(counts + block * splits + split, n)
+            if _is_last(counters + 1 + block, splits):
+                total, first, second = _merge_splits(
+                    partials, counts + block * splits, c, inside, channels, splits, FOLD, RAW
+                )
+                payload = message
+                if HEADED:
+                    payload = message + HEAD
+                _write_pair(payload + 1, first, second, c, inside, channels)
+                broken = counts + blocks * splits
+                tl.store(broken + block, _any_broken(first, second, inside).to(tl.float64))
+                if _is_last(counters, blocks):
+                    if HEADED:
+                        some = tl.full([], 0.0, tl.float64)
+                        for other in range(0, blocks):
+                            some = tl.maximum(some, tl.load(broken + other))
+                        _write_head(message, header, tag, number, length, HEAD + 1 + 2 * channels, some)
+                    tl.store(payload, total)
+        else:
+            if block == 0:
+                tl.store(counts + split, n)
+            if HEADED:
+                if tl.program_id(0) == 0:
+                    _write_head(message, header, tag, number, length, HEAD + 1 + 2 * channels, 0.0)
 
 
 @triton.jit(do_not_specialize=["number", "channels", "splits"])
@@ -294,34 +364,10 @@ def finish_moments(
     BC: tl.constexpr, BS: tl.constexpr, HEADED: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     """Merge the moments of all splits, and write the payload of the message."""
-    means = partials
-    squares = partials + splits * channels
-    counts = squares + splits * channels
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < channels
-    n = tl.full([], 0.0, tl.float64)
-    first = tl.zeros([BC], tl.float64)
-    second = tl.zeros([BC], tl.float64)
-    for start in range(0, splits, BS):
-        s = start + tl.arange(0, BS)
-        place = s[:, None] * channels + c[None, :]
-        mask = (s < splits)[:, None] & inside[None, :]
-        count = tl.load(counts + s, mask=s < splits, other=0.0)
-        weighted = count[:, None] * tl.load(means + place, mask=mask, other=0.0)
-        n += tl.sum(count, 0)
-        first += tl.sum(weighted, 0)
-        if RAW:
-            mean = tl.load(means + place, mask=mask, other=0.0)
-            second += tl.sum(tl.load(squares + place, mask=mask, other=0.0) + weighted * mean, 0)
-    if not RAW:
-        first = first * _reciprocal(tl.maximum(n, 1.0))
-        for start in range(0, splits, BS):
-            s = start + tl.arange(0, BS)
-            place = s[:, None] * channels + c[None, :]
-            mask = (s < splits)[:, None] & inside[None, :]
-            count = tl.load(counts + s, mask=s < splits, other=0.0)
-            d = tl.load(means + place, mask=mask, other=0.0) - first[None, :]
-            second += tl.sum(tl.load(squares + place, mask=mask, other=0.0) + count[:, None] * d * d, 0)
+    counts = partials + 2 * splits * channels
+    n, first, second = _merge_splits(partials, counts, c, inside, channels, splits, BS, RAW)
     payload = message
     if HEADED:
         payload = message + HEAD
@@ -497,15 +543,45 @@ def _masked_gradient(g, out, like: tl.constexpr):
     return tl.where(out.to(like).to(tl.float32) <= 0, 0.0, g)
 
 
-@triton.jit(do_not_specialize=["images", "channels", "units", "splits"])
+@triton.jit
+def _finish(
+    partials, stats, message, dweight, dbias, c, inside, channels, splits, BS: tl.constexpr, HEADED: tl.constexpr
+):
+    """Add up the sums of all splits of some channels; write the payload, and the gradients of the parameters."""
+    total = tl.zeros_like(c).to(tl.float64)
+    dot = tl.zeros_like(c).to(tl.float64)
+    for start in range(0, splits, BS):
+        s = start + tl.arange(0, BS)
+        place = s[:, None] * channels + c[None, :]
+        mask = (s < splits)[:, None] & inside[None, :]
+        some_g, some_gd = _read_pair(partials, place, mask, splits * channels)
+        total += tl.sum(some_g, 0)
+        dot += tl.sum(some_gd, 0)
+    mu, deviation = _read_pair(stats, c, inside, channels)
+    pivot = mu.to(tl.float32).to(tl.float64)
+    dot = (dot + (pivot - mu) * total) * deviation
+    if message is not None:
+        payload = message
+        if HEADED:
+            payload = message + HEAD
+        _write_pair(payload, total, dot, c, inside, channels)
+    if dweight is not None:
+        tl.store(dweight + c, _rounded(dot, dweight.dtype.element_ty), mask=inside)
+    if dbias is not None:
+        tl.store(dbias + c, _rounded(total, dbias.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tag", "number", "length", "images", "channels", "units", "splits"])
 def sum_gradients(
-    grad, x, residual, weight, bias, stats, partials, images, channels, units, splits,
+    grad, x, residual, weight, bias, stats, partials, message, header, dweight, dbias, counters,
+    tag, number, length, images, channels, units, splits,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
-    WIDE: tl.constexpr, RELU: tl.constexpr,
+    WIDE: tl.constexpr, RELU: tl.constexpr, HEADED: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """``sum g`` and ``sum g * (x - pivot)`` of each split, the pivot being the mean rounded to float32.
 
-    ``partials`` is ``(sum g [splits, C], sum g (x - pivot) [splits, C])``.
+    ``partials`` is ``(sum g [splits, C], sum g (x - pivot) [splits, C])``. With ``FOLD``, the last program of each
+    block of channels does what ``finish_gradients`` does, for so many splits at a time; ``counters`` has one for each.
     """
     if COLUMNS:
         channels = units * ALIGN
@@ -541,6 +617,12 @@ def sum_gradients(
         sum_g += _once(tl.sum(total, 1)).to(tl.float64)
         sum_gd += _once(tl.sum(dot, 1)).to(tl.float64)
     _write_pair(partials, sum_g, sum_gd, split * channels + c, inside, splits * channels)
+    if FOLD:
+        if HEADED:
+            if tl.program_id(0) == 0:
+                _write_head(message, header, tag, number, length, HEAD + 2 * channels, 0.0)
+        if _is_last(counters + block, splits):
+            _finish(partials, stats, message, dweight, dbias, c, inside, channels, splits, FOLD, HEADED)
 
 
 @triton.jit(do_not_specialize=["tag", "number", "length", "channels", "splits"])
@@ -549,31 +631,12 @@ def finish_gradients(
     BC: tl.constexpr, BS: tl.constexpr, HEADED: tl.constexpr,
 ):  # fmt: skip
     """Add up the sums of all splits; write the message, and the gradients of the parameters."""
+    if HEADED:
+        if tl.program_id(0) == 0:
+            _write_head(message, header, tag, number, length, HEAD + 2 * channels, 0.0)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < channels
-    total = tl.zeros([BC], tl.float64)
-    dot = tl.zeros([BC], tl.float64)
-    for start in range(0, splits, BS):
-        s = start + tl.arange(0, BS)
-        place = s[:, None] * channels + c[None, :]
-        mask = (s < splits)[:, None] & inside[None, :]
-        some_g, some_gd = _read_pair(partials, place, mask, splits * channels)
-        total += tl.sum(some_g, 0)
-        dot += tl.sum(some_gd, 0)
-    mu, deviation = _read_pair(stats, c, inside, channels)
-    pivot = mu.to(tl.float32).to(tl.float64)
-    dot = (dot + (pivot - mu) * total) * deviation
-    if message is not None:
-        payload = message
-        if HEADED:
-            payload = message + HEAD
-            if tl.program_id(0) == 0:
-                _write_head(message, header, tag, number, length, HEAD + 2 * channels, 0.0)
-        _write_pair(payload, total, dot, c, inside, channels)
-    if dweight is not None:
-        tl.store(dweight + c, _rounded(dot, dweight.dtype.element_ty), mask=inside)
-    if dbias is not None:
-        tl.store(dbias + c, _rounded(total, dbias.dtype.element_ty), mask=inside)
+    _finish(partials, stats, message, dweight, dbias, c, inside, channels, splits, BS, HEADED)
 
 
 @triton.jit(do_not_specialize=["ranks", "distance", "images", "channels", "units", "per_split"])

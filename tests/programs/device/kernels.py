@@ -7,6 +7,7 @@ Started by test_triton.py for Triton's interpreter on the CPU (TRITON_INTERPRET=
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,18 +35,22 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 5e-6}
 ROWS, COLUMNS = "rows", "columns"
 F16, B16, F32 = TOLERANCE
 # As shipped, and so that small tensors take many tiles, splits and blocks of channels.
-CUTS = {"shipped": {}, "fine": {"tile": 2048, "programs": 6, "whole": 0}}
+CUTS = {
+    "shipped": {},
+    "fine": {"tile": 2048, "programs": 6, "whole": 0, "fold": 0},
+    "folded": {"tile": 2048, "programs": 6, "whole": 0},
+}
 CASES = [
     ((6, 5), COLUMNS, F32, "fine"),
     ((70, 1), COLUMNS, B16, "shipped"),
     ((5, 130), COLUMNS, F32, "shipped"),
-    ((24, 65), COLUMNS, F16, "fine"),
+    ((24, 65), COLUMNS, F16, "folded"),
     ((4, 3, 1), ROWS, F32, "fine"),
-    ((1, 65, 7), ROWS, B16, "fine"),
-    ((7, 3, 7, 7), ROWS, F32, "fine"),
+    ((1, 65, 7), ROWS, B16, "folded"),
+    ((7, 3, 7, 7), ROWS, F32, "folded"),
     ((2, 130, 3, 3), ROWS, F16, "shipped"),
     ((1, 1, 1013), ROWS, F32, "fine"),
-    ((2, 3, 30, 20), ROWS, B16, "fine"),
+    ((2, 3, 30, 20), ROWS, B16, "folded"),
     ((2, 16, 3, 5), COLUMNS, B16, "fine"),
     ((2, 3, 4, 5, 6), COLUMNS, F32, "shipped"),
     ((2, 3, 4, 3, 2), ROWS, F32, "shipped"),
@@ -185,6 +190,45 @@ def test_fused_forms_are_those_of_the_reference(
     our_pair, their_pair = kernels.shared_input_gradient(*rest), reference.shared_input_gradient(*rest)
     assert_same(our_pair[0], their_pair[0], dtype)
     assert_same(our_pair[1], their_pair[1], dtype)
+
+
+@pytest.mark.parametrize("order", ["backwards", "shuffled"])
+def test_whichever_program_is_last_merges_all_parts(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, and counters of zero behind it; what it must not see before, it does not see."""
+    if DEVICE.type == "cpu":
+        _programs_come(order, monkeypatch)
+    cut(monkeypatch, "folded", tile=512, programs=18)
+    e = Example((9, 130), COLUMNS, F32)
+    e.x[3, 129] = torch.inf
+    layout = kernels._layout(e.x, 1)
+    assert layout.cut.blocks > 1 and layout.splits > layout.fold > 0
+    results = []
+    for again in range(3):
+        first, second = message(261, 7, 3, 280), message(260, 7, 3, 280)
+        kernels.pack_moments(e.x, None, first)
+        args = Operands(e.grad, e.x.nan_to_num(), None, e.packed.nan_to_num(), e.weight, e.bias, None, True)
+        gradients = kernels.pack_gradient_sums(args, second, (torch.float32, torch.float16))
+        assert not any(counters.any() for counters in kernels._zeros.values())
+        results.append([first.whole, second.whole, *gradients])
+        if again == 1:  # as in separate launches
+            cut(monkeypatch, "fine", tile=512, programs=18)
+    assert results[0][0][:6].tolist() == [7, 49, 0, 0, 1, 3]
+    for one, two, apart in zip(*results, strict=True):
+        assert torch.equal(one.nan_to_num(), two.nan_to_num())
+        torch.testing.assert_close(one, apart, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def _programs_come(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the interpreter, which runs one program after the other, run them in another order."""
+    from triton.runtime import interpreter
+
+    def other_range(*args: int) -> Any:
+        values = range(*args)
+        if sys._getframe(1).f_code is not interpreter.GridExecutor.__call__.__code__:
+            return values
+        return values[::-1] if order == "backwards" else np.random.default_rng(0).permutation(values).tolist()
+
+    monkeypatch.setattr(interpreter, "range", other_range, raising=False)
 
 
 @pytest.mark.parametrize("layout", [ROWS, COLUMNS])

@@ -85,7 +85,7 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             launch(layout, like, kernel, *args, **options)
 
     monkeypatch.setattr(triton, "_launch", counted)
-    monkeypatch.setattr(triton, "SIZES", triton.Sizes(tile=2048, programs=4, whole=0))
+    monkeypatch.setattr(triton, "SIZES", triton.Sizes(tile=2048, programs=4, whole=0, fold=0))
     monkeypatch.setattr(kernels, "_interpreted", True)
     # The interpreter cuts bfloat16 off where devices round: a unit in the last place, not half of one.
     monkeypatch.setitem(TOLERANCE, torch.bfloat16, (2 * TOLERANCE[torch.bfloat16][0], TOLERANCE[torch.bfloat16][1]))
@@ -271,6 +271,20 @@ def test_a_small_input_takes_a_launch_less(monkeypatch: pytest.MonkeyPatch) -> N
 
     xs = [torch.randn(5, 6), torch.randn(4, 6)]
     assert_matches(run_ranks(2, body), whole_batch(xs, xs), torch.float32)
+
+
+def test_the_last_program_takes_two_launches_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "SIZES", triton.SIZES._replace(fold=1 << 14))
+
+    def body(rank: int, group: Any) -> Any:
+        connect(group)
+        launches[threading.get_ident()] = made = list[str]()
+        result = step(syncbn.SyncBatchNorm(6, process_group=group, activation="relu"), xs[rank], xs[rank])
+        assert made == ["measure", "sum", "normalize", "sum_gradients", "sum", "input_gradient"]
+        return result
+
+    xs = [torch.randn(70, 6), torch.randn(90, 6)]
+    assert_matches(run_ranks(2, body), whole_batch(xs, xs, relu=True), torch.float32)
 
 
 def test_without_a_group_nothing_is_summed() -> None:
