@@ -116,7 +116,7 @@ def resnet(make: Callable[[int], nn.Module], width: int, blocks: Sequence[int], 
 def measure_step(batch: int, dtype: torch.dtype, layout: str, rounds: int, device: str) -> Rows:
     """Forward and backward of a ResNet-50 under autocast, in DistributedDataParallel, with each sort of layers."""
     small = device == "cpu"
-    shape = (2, 3, 32, 32) if small else (batch, 3, 224, 224)
+    shape = (2, 3, 16, 16) if small else (batch, 3, 224, 224)
     given = (4, (1, 1)) if small else (64, (3, 4, 6, 3))
     own = dist.new_group(list(range(dist.get_world_size())), **_in_a_hurry(device))
     makes: dict[str, Callable[[int], nn.Module]] = {
