@@ -18,7 +18,7 @@ def test_collectives(ranks: int) -> None:
     assert done.stdout.count("passed check_") == (21 if ranks > 1 else 17), done.stdout
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3, 4])
+@pytest.mark.parametrize("ranks", [*(pytest.param(few, marks=pytest.mark.slow) for few in (2, 3)), 4])
 def test_training(ranks: int) -> None:
     done = mpiexec(ranks, "mpi/training.py")
     assert done.returncode == 0, done.stdout
