@@ -56,7 +56,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard setup.py syncbn/kernels/nati
 	@touch $@
 
 test: $(STAMP) ## run the tests that need no GPU (mpiexec included), in minutes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not nccl" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not nccl" $(PYTEST_FLAGS)
 
 # Each in an environment of its own under .nox; a first run downloads what it needs.
 test-oldest: $(STAMP) ## the same tests with the oldest torch, numpy, mpi4py, ... that syncbn supports

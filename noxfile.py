@@ -8,7 +8,7 @@ own variables (``PIP_EXTRA_INDEX_URL``).
 import nox
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
-FAST = ["-n", "2", "--dist", "loadfile", "-m", "not slow and not gpu and not nccl"]
+FAST = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not slow and not gpu and not nccl"]
 
 nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "venv"
