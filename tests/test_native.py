@@ -162,6 +162,8 @@ def make(
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str, scale: float = 1.0) -> None:
     rtol, atol = TOLERANCE[dtype]
+    rounded = expected.to(dtype).double()  # a gradient may be too large for float16
+    expected = torch.where(rounded.isinf(), rounded, expected)
     torch.testing.assert_close(
         actual.double(), expected, rtol=rtol, atol=atol * scale, equal_nan=True, msg=lambda text: f"{what}: {text}"
     )
