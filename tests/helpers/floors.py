@@ -6,7 +6,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "know nothing of the package": ("launch", "_agent", "_worker", "_check", "_version", "_recipes", "mpi"),
     "formats, values, what torch hides": ("wire", "errors", "moments", "channels", "masked", "_torch", "tracing"),
     "what is handed around": ("messages", "memory", "groups", "checkpointing", "dry_run", "overlooked", "arguments"),
-    "the ways of a message, the arithmetic": ("comm", "kernels"),
+    "the ways of a message, the arithmetic": ("comm", "kernels", "unsynchronized"),
     "the four verbs and their gradient": ("autograd", "compiled", "together", "dtensor", "few_samples"),
     "checks, and which way to go": ("functional", "rounds"),
     "what people call": ("modules", "uneven", "steps", "statistics"),
