@@ -1,4 +1,4 @@
-"""The example of groups, through the launcher, and that it can fail; groups under DDP against an oracle per group."""
+"""The example of groups, on ranks, and that it can fail; groups under DDP against an oracle per group."""
 
 from __future__ import annotations
 
