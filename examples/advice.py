@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from scenes import build_unet, load_scenes, mean_iou, predicted
 from torch import Tensor, nn
-from training import Data, Run, batches, groups_of, normalization, train_side_by_side, train_stacked
+from training import Data, Run, accuracies, batches, groups_of, normalization, train_side_by_side, train_stacked
 
 from syncbn.diagnostics import THRESHOLD, NoiseReport, measure_noise
 
@@ -56,6 +56,8 @@ class Answer:
     """One line of ``answers.csv``: what a report recommends; `noise` is that of the noisiest layer at each group size.
 
     `when` is "before" (one process, a network that is not trained) or "after" (all ranks, the synchronized network).
+    `between` is the share of a channel's variance, a mean over channels, that lies between the means of samples, in
+    that layer: 1 where samples have one position each, small where positions differ more than samples do.
     """
 
     task: str
@@ -66,6 +68,7 @@ class Answer:
     noise_2: float
     noise_4: float
     noise_8: float
+    between: float
 
 
 def group_sizes() -> list[int]:
@@ -90,7 +93,23 @@ def answer(task: str, samples: int, when: str, model: nn.Module, inputs: list[Te
     report: NoiseReport = measure_noise(model.train(), inputs[:BATCHES], sizes, process_group=group)
     noises = [max(row.noise for row in report.rows if row.group_size == k) for k in sizes]
     assert report.group_size is not None
-    return Answer(task, samples, when, report.group_size, *noises)
+    noisiest = max((row for row in report.rows if row.group_size == 1), key=lambda row: row.noise).layer
+    return Answer(task, samples, when, report.group_size, *noises, between_samples(model, noisiest, inputs[:BATCHES]))
+
+
+def between_samples(model: nn.Module, layer: str, inputs: list[Tensor]) -> float:
+    """Return the `between` of a layer, over this rank's inputs; all ranks call it, and the network stays as it is."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(2)))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for x in inputs:
+            model(x)
+    handle.remove()
+    model.load_state_dict(state)
+    values = torch.cat(seen)
+    between = values.mean(2).var(0, correction=0) / values.var((0, 2), correction=0).clamp(min=1e-12)
+    return between.mean().item()
 
 
 def measure(args: argparse.Namespace, case: tuple[str, int, int]) -> Iterator[Any]:
@@ -127,7 +146,7 @@ def classify(args: argparse.Namespace, samples: int, seed: int) -> Iterator[Any]
     yield answer("signals", samples, "before", runs[0].model, inputs_of(data, samples, seeds, 0, 1), alone=True)
     losses = train_stacked(runs, data, seeds, total, epochs)
     for k, run, by_epoch in zip(group_sizes(), runs, losses, strict=True):
-        scores = signals.accuracies(run.model, data, len(seeds))
+        scores = accuracies(run.model, data.test_x, data.test_y, len(seeds))
         for each, score, loss in zip(seeds, scores, by_epoch[-1], strict=True):
             yield Result("signals", samples, world, k, each, epochs, score, loss)
     inputs = inputs_of(data, samples, seeds, dist.get_rank(), world)

@@ -19,8 +19,8 @@ is a short form; ``--full`` takes 2 and 4 samples and 3 seeds.
 """
 
 import argparse
-import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ import experiment
 import pictures
 import torch
 import torch.distributed as dist
-from digits import build_mlp, load_data, test_accuracy
+from digits import build_mlps, load_data
+from experiment import Classified, Point
 from torch import Tensor, nn
-from training import Run, groups_of, train_side_by_side
+from training import Run, accuracies, compare, groups_of
 
 import syncbn
 
@@ -74,38 +75,10 @@ class BatchRenorm(nn.Module):
         self.r_max, self.d_max = 1 + 2 * share, 5 * share
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One line of ``runs.csv``: `test_accuracy` in percent, `train_loss` as the mean over last epoch and ranks."""
-
-    norm: str
-    samples_per_device: int
-    ranks: int
-    seed: int
-    epochs: int
-    test_accuracy: float
-    train_loss: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One line of ``curves.csv``: the mean train loss of one epoch, in nats."""
-
-    norm: str
-    samples_per_device: int
-    seed: int
-    epoch: int
-    train_loss: float
-
-
-def networks(alone: Any) -> dict[str, Callable[[int], nn.Sequential]]:
-    """Return, by name, functions that build a network for a seed. `alone` is a group of this rank only."""
-    return {
-        "local": lambda seed: build_mlp("local", seed),
-        "renorm": lambda seed: build_mlp(lambda width: BatchRenorm(width, alone), seed),
-        "sync": lambda seed: build_mlp("sync", seed),
-        "sync_renorm": lambda seed: build_mlp(BatchRenorm, seed),
-    }
+def build(alone: Any, norm: str, seeds: range) -> nn.Sequential:
+    """Return the stacked networks of a name. `alone` is a group of this rank only."""
+    layers = {"renorm": functools.partial(BatchRenorm, process_group=alone), "sync_renorm": BatchRenorm}
+    return build_mlps(layers.get(norm, norm), seeds)
 
 
 def reach(alone: Any) -> dict[str, float]:
@@ -123,33 +96,31 @@ def reach(alone: Any) -> dict[str, float]:
     return sizes
 
 
-def relax(runs: list[Run], progress: float) -> None:
+def relax(runs: list[Run], step: int, steps: int) -> None:
     """Relax the limits of all layers of batch renorm."""
     for each in runs:
         for layer in each.model.modules():
             if isinstance(layer, BatchRenorm):
-                layer.relax(progress)
+                layer.relax(step / steps)
 
 
 def measure(args: argparse.Namespace, case: tuple[int]) -> Iterator[Any]:
     """Train at one number of samples per device. All ranks have the same training losses; rank 0's network counts, as
     in a DDP checkpoint.
     """
-    (samples,), alone, data, world = case, groups_of(1), load_data(), dist.get_world_size()
+    (samples,), alone, data, seeds = case, groups_of(1), load_data(), range(args.seeds)
     if samples == args.samples[0]:
         yield from (experiment.Number(f"reach of {name}", size) for name, size in reach(alone).items())
-    for each in train_side_by_side(
-        networks(alone), range(args.seeds), data, samples, args.epochs, LR, after_step=relax
-    ):
-        losses = each.epoch_losses(args.epochs)
-        yield from (Point(each.norm, samples, each.seed, epoch, loss) for epoch, loss in enumerate(losses, 1))
-        accuracy = test_accuracy(each.model, data)
-        yield Result(each.norm, samples, world, each.seed, args.epochs, accuracy, losses[-1])
+    networks = functools.partial(build, alone)
+    for run, losses in compare(LABELS, networks, data, samples, seeds, args.epochs, LR, after_step=relax):
+        yield from experiment.points(run.norm, samples, losses)
+        right = accuracies(run.model, data.test_x, data.test_y, args.seeds)
+        yield from experiment.classified(args, samples, run.norm, right, losses)
 
 
 def draw(folder: Path) -> None:
     """Draw test accuracy against samples per device, and the loss curves at the fewest of them, from the CSVs."""
-    results = experiment.read_csv(folder / "runs.csv", Result)
+    results = experiment.read_csv(folder / "runs.csv", Classified)
     points = experiment.read_csv(folder / "curves.csv", Point)
     first, samples = results[0], sorted({result.samples_per_device for result in results})
     title = f"Batch renormalization, digits, {first.ranks} ranks: {experiment.spread(results)}"
@@ -170,7 +141,7 @@ def draw(folder: Path) -> None:
 
 def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
     """Print the table and how far a loss reaches."""
-    results: list[Result] = tables["runs"]
+    results: list[Classified] = tables["runs"]
     reached = {row.name.removeprefix("reach of "): row.value for row in tables["numbers"]}
     print(experiment.accuracy_and_loss(results, LABELS, args.samples))
     print(
@@ -182,7 +153,7 @@ def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
 EXPERIMENT = experiment.Experiment(
     about="Batch norm and batch renorm, over one rank's samples and over all.",
     options={"samples": ([2], [2, 4]), "seeds": (2, 3), "epochs": (10, 10)},
-    tables={"runs": Result, "curves": Point, "numbers": experiment.Number},
+    tables={"runs": Classified, "curves": Point, "numbers": experiment.Number},
     cases=experiment.each_size,
     measure=measure,
     draw=draw,

@@ -6,12 +6,12 @@ Not a script: the experiments beside it import it.
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
-from training import Data, normalization
+from training import Data, normalization, stacked_mlp
 
 try:
     from sklearn.datasets import load_digits
@@ -49,9 +49,9 @@ def build_mlp(norm: str | Callable[[int], nn.Module], seed: int) -> nn.Sequentia
     )
 
 
-def mlps(norms: Iterable[str]) -> dict[str, Callable[[int], nn.Sequential]]:
-    """Return, by the names of their normalizations, functions that build the network for a seed."""
-    return {norm: functools.partial(build_mlp, norm) for norm in norms}
+def build_mlps(norm: str | Callable[[int], nn.Module], seeds: range) -> nn.Sequential:
+    """Return the networks of `build_mlp` for all seeds side by side (`training.stacked_mlp`)."""
+    return stacked_mlp((64, 128, 64, 10), norm, seeds)
 
 
 def test_accuracy(model: nn.Module, data: Data) -> float:

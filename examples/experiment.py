@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import gc
 import json
+import math
 import os
 import shlex
 import statistics
@@ -52,6 +53,7 @@ class Experiment:
         report: called on rank 0 with the options and the rows of each table; prints what was found, and returns the
             exit code.
         ranks: how many it is meant for.
+        engine: of the launcher that it is meant for, if not the launcher's own.
         least_samples: fewest samples per device that it can do with.
     """
 
@@ -63,6 +65,7 @@ class Experiment:
     draw: Callable[[Path], None]
     report: Callable[[argparse.Namespace, dict[str, list[Any]]], int | None]
     ranks: int = 4
+    engine: str = ""
     least_samples: int = 2
 
 
@@ -71,7 +74,8 @@ def main(experiment: Experiment) -> None:
 
     It takes minutes, or with ``--full`` more of them. What a case gave is kept at once, in a journal in the folder of
     the results: started again with the same options, an interrupted experiment goes on with the next case. At the end
-    the journal is removed, and a line in ``run.json`` says which command has taken how long on how many ranks.
+    the journal is removed, and ``run.json`` says which command has taken how long on how many ranks, and how many
+    seconds of a processor: how long it takes on a machine that is busy with other things says little.
     """
     args = parse(command_line(experiment), experiment)
     torch.set_num_threads(1)
@@ -84,20 +88,23 @@ def main(experiment: Experiment) -> None:
     for number, case in enumerate(cases, 1):
         if list(case) in done[0]:
             continue
-        start = time.monotonic()
+        start, busy = time.monotonic(), time.process_time()
         if dist.get_rank() == 0 and len(cases) > 1:
             print(f"{number} of {len(cases)}:", *case, file=sys.stderr, flush=True)
         rows = list(experiment.measure(args, case))
+        cores = torch.tensor(time.process_time() - busy, dtype=torch.float64)
+        dist.all_reduce(cores)
         if dist.get_rank() == 0:
-            journal.add(case, time.monotonic() - start, rows)
+            journal.add(case, time.monotonic() - start, cores.item(), rows)
     code = None
     if dist.get_rank() == 0:
-        tables, seconds = journal.read()
+        tables, seconds, processor = journal.read()
         for name, rows in tables.items():
             write_csv(rows, args.out / f"{name}.csv")
         experiment.draw(args.out)
         world = dist.get_world_size()
-        how = {"command": command(), "ranks": world, "seconds": round(seconds), "torch": torch.__version__}
+        how = {"command": command(experiment), "ranks": world, "torch": torch.__version__}
+        how |= {"seconds": round(seconds), "processor_seconds": round(processor)}
         (args.out / "run.json").write_text(json.dumps(how, indent=2) + "\n")
         journal.path.unlink()
         print(f"{seconds:.0f} s on {world} ranks; wrote CSV and PNG to {args.out}")
@@ -139,7 +146,8 @@ def parse(parser: argparse.ArgumentParser, experiment: Experiment) -> argparse.N
         folder = Path(parser.prog).stem
         args.out = Path(__file__).parent / "results" / folder if args.full else Path("out") / folder
     if "RANK" not in os.environ:
-        parser.error(f"start the ranks with: python -m syncbn.launch -n {experiment.ranks} examples/{parser.prog}")
+        start = " ".join(launcher(experiment, experiment.ranks))
+        parser.error(f"start the ranks with: {start} examples/{parser.prog}")
     samples = getattr(args, "samples", experiment.least_samples)
     least = min(samples) if isinstance(samples, list) else samples
     if least < experiment.least_samples:
@@ -153,11 +161,17 @@ def described(args: argparse.Namespace) -> dict[str, Any]:
     return {"options": options, "ranks": dist.get_world_size()}
 
 
-def command() -> str:
+def launcher(experiment: Experiment, ranks: int) -> list[str]:
+    """Return the words that start so many ranks."""
+    engine = ["--engine", experiment.engine] if experiment.engine else []
+    return ["python", "-m", "syncbn.launch", *engine, "-n", str(ranks)]
+
+
+def command(experiment: Experiment) -> str:
     """Return the command that started this."""
     program = Path(sys.argv[0])
     words = [f"{program.parent.name}/{program.name}", *sys.argv[1:]]
-    return shlex.join(["python", "-m", "syncbn.launch", "-n", str(dist.get_world_size()), *words])
+    return shlex.join([*launcher(experiment, dist.get_world_size()), *words])
 
 
 class Journal:
@@ -182,21 +196,23 @@ class Journal:
             sys.exit(f"{self.path} is of a run with other options, {what}: go on with those, or remove it")
         return [line["case"] for line in lines]
 
-    def add(self, case: tuple[Any, ...], seconds: float, rows: list[Any]) -> None:
+    def add(self, case: tuple[Any, ...], seconds: float, processor: float, rows: list[Any]) -> None:
         """Write down what a case gave, in one line, so that an interruption leaves all of it or nothing."""
         name = {kind: table for table, kind in self.tables.items()}
         found = [[name[type(row)], dataclasses.asdict(row)] for row in rows]
         with self.path.open("a") as file:
-            file.write(json.dumps({"case": case, "seconds": seconds, "rows": found}) + "\n")
+            line = {"case": case, "seconds": seconds, "processor_seconds": processor, "rows": found}
+            file.write(json.dumps(line) + "\n")
 
-    def read(self) -> tuple[dict[str, list[Any]], float]:
-        """Return the rows of each table, and the seconds that all cases took together."""
+    def read(self) -> tuple[dict[str, list[Any]], float, float]:
+        """Return the rows of each table, and the seconds and processor seconds that all cases took together."""
         tables: dict[str, list[Any]] = {name: [] for name in self.tables}
         _, *lines = self._lines()
         for line in lines:
             for name, row in line["rows"]:
                 tables[name].append(self.tables[name](**row))
-        return tables, sum(line["seconds"] for line in lines)
+        seconds, processor = (sum(line[name] for line in lines) for name in ("seconds", "processor_seconds"))
+        return tables, seconds, processor
 
     def _lines(self) -> list[Any]:
         return [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
@@ -217,14 +233,79 @@ class Number:
     value: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained network, in a line of a CSV: its normalization, and what else it may be swept over."""
+
+    norm: str
+    samples_per_device: int
+    ranks: int
+    seed: int
+    epochs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Classified(Trained):
+    """A network that classifies: `test_accuracy` in percent, `train_loss` in nats, mean over last epoch and ranks."""
+
+    test_accuracy: float
+    train_loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Reached:
+    """A network that classifies, and how soon: `test_accuracy` is in percent, at the end.
+
+    `epochs_needed`: after so many the test accuracy was first `training.GOAL` or more; infinite if it never was.
+    """
+
+    norm: str
+    seed: int
+    epochs: int
+    test_accuracy: float
+    epochs_needed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A point of the curve of a loss: the mean train loss of an epoch, in nats."""
+
+    norm: str
+    samples_per_device: int
+    seed: int
+    epoch: int
+    train_loss: float
+
+
+def classified(
+    args: argparse.Namespace, samples: int, norm: str, accuracies: Sequence[float], losses: Sequence[Sequence[float]]
+) -> list[Classified]:
+    """Return a line for each seed of stacked networks, from their accuracies and their losses by epoch."""
+    return [
+        Classified(norm, samples, dist.get_world_size(), seed, args.epochs, accuracy, loss)
+        for seed, (accuracy, loss) in enumerate(zip(accuracies, losses[-1], strict=True))
+    ]
+
+
+def points(norm: str, samples: int, losses: Sequence[Sequence[float]]) -> list[Point]:
+    """Return the points of the curves of stacked networks, from their losses by epoch and seed."""
+    return [
+        Point(norm, samples, seed, epoch, loss)
+        for epoch, by_seed in enumerate(losses, 1)
+        for seed, loss in enumerate(by_seed)
+    ]
+
+
 def each_size(args: argparse.Namespace) -> list[tuple[int]]:
     """Return the cases of a sweep over samples per device, with all seeds side by side."""
     return [(samples,) for samples in args.samples]
 
 
 def mean_and_std(values: Iterable[float]) -> tuple[float, float]:
-    """Return the mean and the sample standard deviation (0 for one value)."""
+    """Return the mean and the sample standard deviation (0 for one value, or where one is infinite)."""
     values = list(values)
+    if not all(map(math.isfinite, values)):
+        return sum(values), 0.0
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -255,6 +336,8 @@ def spread(results: Iterable[Any]) -> str:
 def cell(pair: tuple[float, float], digits: int) -> str:
     """Return mean and standard deviation as a table shows them."""
     mean, std = pair
+    if not math.isfinite(mean):
+        return "-"
     return f"{mean:.{digits}f} ± {std:.{digits}f}" if std else f"{mean:.{digits}f}"
 
 

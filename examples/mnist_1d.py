@@ -10,47 +10,30 @@ It prints a table and writes ``runs.csv`` (one line per run) and ``mnist_1d.png`
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import experiment
 import pictures
-import torch.distributed as dist
-from signals import accuracies, build_convs, load_signals
-from training import Run, train_stacked
+from experiment import Classified
+from signals import build_convs, load_signals
+from training import accuracies, compare
 
 LABELS = pictures.labels("local", "sync", "group")
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One line of the CSV: `test_accuracy` in percent, `train_loss` as the mean over last epoch and ranks."""
-
-    norm: str
-    samples_per_device: int
-    ranks: int
-    seed: int
-    epochs: int
-    test_accuracy: float
-    train_loss: float
-
-
-def measure(args: argparse.Namespace, case: tuple[int]) -> list[Result]:
+def measure(args: argparse.Namespace, case: tuple[int]) -> list[Classified]:
     """Train all networks at one number of samples per device. Rank 0's count, as in a DDP checkpoint."""
-    (samples,), data, seeds, world = case, load_signals(), range(args.seeds), dist.get_world_size()
-    runs = [Run(norm, 0, build_convs(norm, seeds), args.lr * samples * world / 32) for norm in LABELS]
-    losses = train_stacked(runs, data, seeds, samples * world, args.epochs)
-    return [
-        Result(run.norm, samples, world, seed, args.epochs, accuracy, loss)
-        for run, by_epoch in zip(runs, losses, strict=True)
-        for seed, accuracy, loss in zip(seeds, accuracies(run.model, data, args.seeds), by_epoch[-1], strict=True)
-    ]
+    (samples,), data, results = case, load_signals(), []
+    for run, losses in compare(LABELS, build_convs, data, samples, range(args.seeds), args.epochs, args.lr):
+        right = accuracies(run.model, data.test_x, data.test_y, args.seeds)
+        results += experiment.classified(args, samples, run.norm, right, losses)
+    return results
 
 
 def draw(folder: Path) -> None:
     """Draw test accuracy and train loss against signals per device, with error bars over seeds, from the CSV."""
-    results = experiment.read_csv(folder / "runs.csv", Result)
+    results = experiment.read_csv(folder / "runs.csv", Classified)
     experiment.draw_by_samples(results, LABELS, "MNIST-1D", folder / "mnist_1d.png")
 
 
@@ -62,7 +45,7 @@ def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
 EXPERIMENT = experiment.Experiment(
     about="Local BN, SyncBN and GN in a convolutional network at 1 to 16 signals per device.",
     options={"samples": ([2, 16], [1, 2, 4, 8, 16]), "seeds": (2, 3), "epochs": (2, 3), "lr": (0.1, 0.1)},
-    tables={"runs": Result},
+    tables={"runs": Classified},
     cases=experiment.each_size,
     measure=measure,
     draw=draw,

@@ -30,11 +30,12 @@ import experiment
 import pictures
 import torch
 import torch.distributed as dist
+from experiment import Point
 from scenes import CLASSES, SIZE, build_unet, load_scenes, mean_iou, predicted
 from torch import Tensor
 from training import Data, Run, batches, freeze, normalization, train_side_by_side
 
-from syncbn.diagnostics import measure_noise
+from syncbn.diagnostics import THRESHOLD, measure_noise
 
 LABELS = pictures.labels("local", "half", "sync", "group", "frozen")
 PRETRAINING = 1 / 3
@@ -42,27 +43,11 @@ SHOWN = 5  # scenes in the picture of predictions
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Result(experiment.Trained):
     """One line of ``runs.csv``: test mean IoU in percent, and train loss as the mean over last epoch and ranks."""
 
-    norm: str
-    samples_per_device: int
-    ranks: int
-    seed: int
-    epochs: int
     steps: int
     mean_iou: float
-    train_loss: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One line of ``curves.csv``: the mean train loss of an epoch, in nats."""
-
-    norm: str
-    samples_per_device: int
-    seed: int
-    epoch: int
     train_loss: float
 
 
@@ -186,7 +171,7 @@ def draw_noise(folder: Path) -> None:
                 look = pictures.other(i, len(layers), f"{layer} ({own[0].values / count:g})")
                 axis.errorbar(sizes, [row.noise for row in own], [row.noise_error for row in own], **look)
             pictures.powers_of_two(axis, sizes, "ranks that share statistics")
-            axis.axhline(0.5, color=pictures.LIMIT, ls="--", label="threshold")
+            axis.axhline(THRESHOLD, color=pictures.LIMIT, ls="--", label="threshold")
             axis.set(yscale="log", title=f"{count} image{'s' * (count > 1)} a device")
             pictures.ticks(axis.yaxis, [0.01, 0.03, 0.1, 0.3, 1])
         axes[0].set_ylabel("noise (standard deviations)")

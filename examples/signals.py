@@ -66,14 +66,4 @@ class StackedConvs(nn.Module):
 
 def build_convs(norm: str, seeds: range) -> StackedConvs:
     """Return the stacked networks of these seeds with normalization of this name (`training.normalization`)."""
-    if norm == "group":
-        return StackedConvs(lambda channels: nn.GroupNorm(8 * len(seeds), channels), seeds)
-    return StackedConvs(normalization(norm), seeds)
-
-
-def accuracies(model: nn.Module, data: Data, seeds: int) -> list[float]:
-    """Return each seed's share of test signals that it gets right with its running statistics, in percent."""
-    model.eval()
-    with torch.no_grad():
-        hits = model(data.test_x.unsqueeze(1).expand(-1, seeds, -1)).argmax(1) == data.test_y.unsqueeze(1)
-    return (100 * hits.double().mean(0)).tolist()
+    return StackedConvs(normalization(norm, len(seeds)), seeds)

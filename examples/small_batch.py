@@ -18,34 +18,20 @@ seeds, 12 epochs) is a short form; ``--full`` takes 2, 4, 8 and 16 samples, 5 se
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import experiment
 import pictures
 import torch.distributed as dist
-from digits import load_data, mlps, test_accuracy
-from training import train_side_by_side
+from digits import build_mlps, load_data
+from experiment import Classified
+from training import accuracies, compare
 
 LABELS = pictures.labels("local", "sync", "group")
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One line of the CSV: `test_accuracy` in percent, `train_loss` as the mean over last epoch and ranks."""
-
-    norm: str
-    samples_per_device: int
-    ranks: int
-    seed: int
-    epochs: int
-    steps: int
-    test_accuracy: float
-    train_loss: float
-
-
-def measure(args: argparse.Namespace, case: tuple[int]) -> list[Result]:
+def measure(args: argparse.Namespace, case: tuple[int]) -> list[Classified]:
     """Train all networks at one number of samples per device. All ranks return the same training losses.
 
     Ranks with local statistics have running statistics of their own; rank 0's count, as in a DDP checkpoint.
@@ -57,39 +43,30 @@ def measure(args: argparse.Namespace, case: tuple[int]) -> list[Result]:
             f"side, with {', '.join(map(str, args.samples))} samples on each rank in turn",
             flush=True,
         )
-    results = [
-        Result(
-            run.norm,
-            samples,
-            world,
-            run.seed,
-            args.epochs,
-            len(run.losses),
-            test_accuracy(run.model, data),
-            run.epoch_losses(args.epochs)[-1],
-        )
-        for run in train_side_by_side(mlps(LABELS), range(args.seeds), data, samples, args.epochs, args.lr)
-    ]
+    results: list[Classified] = []
+    for run, losses in compare(LABELS, build_mlps, data, samples, range(args.seeds), args.epochs, args.lr):
+        right = accuracies(run.model, data.test_x, data.test_y, args.seeds)
+        results += experiment.classified(args, samples, run.norm, right, losses)
     if is_first:
         means = [f"{label} {accuracy(results, norm, samples):.1f} %" for norm, label in LABELS.items()]
         print(f"{samples} samples per device, test accuracy: {', '.join(means)}", flush=True)
     return results
 
 
-def accuracy(results: list[Result], norm: str, samples: int) -> float:
+def accuracy(results: list[Classified], norm: str, samples: int) -> float:
     """Return the mean test accuracy over the seeds, in percent."""
     return experiment.over_seeds(results, "test_accuracy", norm=norm, samples_per_device=samples)[0]
 
 
 def draw(folder: Path) -> None:
     """Draw test accuracy and train loss against samples per device, with error bars over seeds, from the CSV."""
-    results = experiment.read_csv(folder / "runs.csv", Result)
+    results = experiment.read_csv(folder / "runs.csv", Classified)
     experiment.draw_by_samples(results, LABELS, "Handwritten digits", folder / "small_batch.png")
 
 
 def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
     """Print the table and what it shows."""
-    results: list[Result] = tables["runs"]
+    results: list[Classified] = tables["runs"]
     print(experiment.accuracy_and_loss(results, LABELS, args.samples))
     least, most = min(args.samples), max(args.samples)
     local, sync, at_most = (
@@ -110,7 +87,7 @@ def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
 EXPERIMENT = experiment.Experiment(
     about="Local BN, SyncBN and GN at few samples per device.",
     options={"samples": ([2, 4, 16], [2, 4, 8, 16]), "seeds": (2, 5), "epochs": (12, 15), "lr": (0.1, 0.1)},
-    tables={"runs": Result},
+    tables={"runs": Classified},
     cases=experiment.each_size,
     measure=measure,
     draw=draw,

@@ -5,8 +5,9 @@ Not a script: the experiments beside it import it.
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -77,11 +78,11 @@ def groups_of(ranks: int) -> dist.ProcessGroup:
     return dist.new_subgroups(ranks)[0]
 
 
-def normalization(norm: str) -> Callable[[int], nn.Module]:
+def normalization(norm: str, networks: int = 1) -> Callable[[int], nn.Module]:
     """Return what makes the layer of this name for a number of channels; all ranks call it.
 
     The names are those of `pictures.METHODS`, and ``"sync 2"`` for synchronization over groups of two ranks.
-    ``"frozen"`` is synchronized until `freeze` is called.
+    ``"frozen"`` is synchronized until `freeze` is called. The channels are those of so many networks side by side.
     """
     if norm == "half" or norm.startswith("sync "):
         size = max(dist.get_world_size() // 2, 1) if norm == "half" else int(norm.removeprefix("sync "))
@@ -90,7 +91,7 @@ def normalization(norm: str) -> Callable[[int], nn.Module]:
         "local": BatchNorm,
         "sync": syncbn.SyncBatchNorm,
         "frozen": syncbn.SyncBatchNorm,
-        "group": lambda width: nn.GroupNorm(min(8, width), width),
+        "group": lambda width: nn.GroupNorm(networks * min(8, width // networks), width),
         "none": lambda width: nn.Identity(),
     }
     return layers[norm]
@@ -223,10 +224,12 @@ def train_stacked(
     total_batch: int,
     epochs: int,
     schedule: Callable[[int, int, float], float] = warm_up_and_cosine,
+    after_step: Callable[[list[Run], int, int], None] = lambda runs, step, steps: None,
 ) -> list[list[list[float]]]:
     """Train networks that hold those of all seeds side by side, and return each run's losses: by epoch, by seed.
 
     Shapes: a network maps (N, seeds, ...) to (N, classes, seeds). The losses are means over the epoch and the ranks.
+    `after_step` is called with the number of steps taken and of all steps.
     """
     in_epoch = len(data.train_x) // total_batch
     steps = in_epoch * epochs
@@ -245,5 +248,119 @@ def train_stacked(
                     run.optimizer.param_groups[0]["lr"] = schedule(epoch * in_epoch + i, steps, run.peak)
                     run.optimizer.step()
                 bar.update()
+                after_step(runs, epoch * in_epoch + i + 1, steps)
     dist.all_reduce(losses)
     return (losses / dist.get_world_size()).tolist()
+
+
+def compare(
+    norms: Iterable[str],
+    build: Callable[[str, range], nn.Module],
+    data: Data,
+    samples: int,
+    seeds: range,
+    epochs: int,
+    lr: float,
+    after_step: Callable[[list[Run], int, int], None] = lambda runs, step, steps: None,
+) -> list[tuple[Run, list[list[float]]]]:
+    """Train stacked networks that differ in their normalization alone; return each with its losses (`train_stacked`).
+
+    Args:
+        build: makes the networks of all seeds, side by side, with normalization of this name.
+        samples: per device.
+        lr: peak learning rate at a total batch of 32; it scales linearly.
+    """
+    total = samples * dist.get_world_size()
+    runs = [Run(norm, 0, build(norm, seeds), lr * total / 32) for norm in norms]
+    losses = train_stacked(runs, data, seeds, total, epochs, after_step=after_step)
+    return list(zip(runs, losses, strict=True))
+
+
+GOAL = 90.0  # percent of test samples: how many epochs it takes to get there
+LOOKS = 6  # in an epoch, at the test accuracy
+
+
+class Watch:
+    """Watches how many epochs stacked networks take until they get `GOAL` percent of the test samples right.
+
+    Args:
+        data: that they learn.
+        seeds: how many networks are stacked.
+        epochs: of training.
+    """
+
+    def __init__(self, data: Data, seeds: int, epochs: int) -> None:
+        self.data, self.seeds, self.epochs = data, seeds, epochs
+        self.needed: dict[int, list[float]] = {}  # by the runs' identities
+
+    def after_step(self, runs: list[Run], step: int, steps: int) -> None:
+        """Look at all networks, `LOOKS` times in an epoch: for `train_stacked`."""
+        if step % max(steps // (self.epochs * LOOKS), 1):
+            return
+        for run in runs:
+            needed = self.needed.setdefault(id(run), [math.inf] * self.seeds)
+            if math.inf not in needed:
+                continue
+            right = accuracies(run.model, self.data.test_x, self.data.test_y, self.seeds)
+            run.model.train()
+            for seed, percent in enumerate(right):
+                if percent >= GOAL:
+                    needed[seed] = min(needed[seed], step / steps * self.epochs)
+
+    def epochs_needed(self, runs: list[Run]) -> list[list[float]]:
+        """Return, for each run and seed, after how many epochs it was first seen there; infinite if it never was."""
+        return [self.needed[id(run)] for run in runs]
+
+
+class StackedLinear(nn.Module):
+    """S linear layers side by side: shape (N, S, inputs) to (N, S, outputs)."""
+
+    def __init__(self, layers: list[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach().T for layer in layers]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]).unsqueeze(1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply layer s to row s of each sample."""
+        return torch.baddbmm(self.bias, input.transpose(0, 1), self.weight).transpose(0, 1)
+
+
+class Transposed(nn.Module):
+    """(N, S, classes) to (N, classes, S)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Swap the two."""
+        return input.transpose(1, 2)
+
+
+def stacked_mlp(widths: Sequence[int], norm: str | Callable[[int], nn.Module], seeds: range) -> nn.Sequential:
+    """Return multilayer perceptrons side by side, one for each seed, with normalization after their hidden layers.
+
+    Batch norm treats each channel by itself, so this is training them one by one, with one message for all where each
+    would send its own. Each has the weights of `nn.Linear` layers that are made in their order after its seed.
+
+    Args:
+        widths: of the input, the hidden layers and the output.
+        norm: a name that `normalization` knows, or a function that makes the layer for a number of channels.
+
+    Shape: (N, seeds, widths[0]) to (N, widths[-1], seeds).
+    """
+    linears: list[list[nn.Linear]] = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        linears.append([nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
+    *inner, last = (StackedLinear(list(layers)) for layers in zip(*linears, strict=True))
+    layer = normalization(norm, len(seeds)) if isinstance(norm, str) else norm
+    blocks = [
+        nn.Sequential(linear, nn.Flatten(1), layer(len(seeds) * width), nn.ReLU(), nn.Unflatten(1, (-1, width)))
+        for linear, width in zip(inner, widths[1:-1], strict=True)
+    ]
+    return nn.Sequential(*blocks, last, Transposed())
+
+
+def accuracies(model: nn.Module, x: Tensor, y: Tensor, seeds: int) -> list[float]:
+    """Return each stacked network's share of samples that it gets right with its running statistics, in percent."""
+    model.eval()
+    with torch.no_grad():
+        hits = model(x.unsqueeze(1).expand(-1, seeds, *x.shape[1:])).argmax(1) == y.unsqueeze(1)
+    return (100 * hits.double().mean(0)).tolist()
