@@ -75,7 +75,7 @@ def measure_noise(
     >>> [round(row.mean_noise, 1) for row in report.rows]  # 1 / sqrt(4 k)
     [0.5, 0.2, 0.1]
     >>> print(report.recommendations[0])
-    BatchNorm1d: per-device noise 0.76, synchronize over at least 4
+    BatchNorm1d: per-device noise 0.76, synchronize over at least 16
     """
     group = resolve_group(process_group)
     where = group_device(group)

@@ -12,7 +12,7 @@ from typing import Any
 
 from syncbn.diagnostics.plot import draw
 
-THRESHOLD = 0.5
+THRESHOLD = 0.2
 """Noise up to which a group is large enough, unless another is given. Where it comes from: docs/diagnostics.md."""
 
 MIN_GROUPS = 4
