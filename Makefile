@@ -129,7 +129,7 @@ bench: $(STAMP) ## all benchmarks on 2 ranks, gloo and MPI, into OUT/benchmarks 
 # RESULTS=examples/results writes what the documentation shows anew. FORM= gives the short form of each, about two minutes.
 # One that was interrupted goes on where it was.
 experiments: RESULTS ?= $(OUT)/experiments
-experiments: $(STAMP) ## all experiments in full, into OUT/experiments (or RESULTS; an hour and a half on 2 busy cores)
+experiments: $(STAMP) ## all experiments in full, into OUT/experiments (or RESULTS; 40 minutes on 2 free cores, 70 on busy ones)
 	$(BIN)/python -m syncbn.launch -n 4 examples/small_batch.py $(FORM) --out $(RESULTS)/small_batch
 	$(BIN)/python -m syncbn.launch -n 4 examples/segmentation.py $(FORM) --out $(RESULTS)/segmentation
 	$(BIN)/python -m syncbn.launch -n 4 examples/mnist_1d.py $(FORM) --out $(RESULTS)/mnist_1d
@@ -139,6 +139,13 @@ experiments: $(STAMP) ## all experiments in full, into OUT/experiments (or RESUL
 	$(BIN)/python -m syncbn.launch -n 4 examples/discrepancy.py $(FORM) --out $(RESULTS)/discrepancy
 	$(BIN)/python -m syncbn.launch -n 4 examples/batch_renorm.py $(FORM) --out $(RESULTS)/batch_renorm
 	$(BIN)/python -m syncbn.launch -n 4 examples/claims.py $(FORM) --out $(RESULTS)/claims
+	$(BIN)/python -m syncbn.launch -n 4 examples/depth.py $(FORM) --out $(RESULTS)/depth
+	$(BIN)/python -m syncbn.launch -n 4 examples/covariate_shift.py $(FORM) --out $(RESULTS)/covariate_shift
+	$(BIN)/python -m syncbn.launch -n 4 examples/undo.py $(FORM) --out $(RESULTS)/undo
+	$(BIN)/python -m syncbn.launch -n 4 examples/regularization.py $(FORM) --out $(RESULTS)/regularization
+	$(BIN)/python -m syncbn.launch -n 4 examples/padded.py $(FORM) --out $(RESULTS)/padded
+	$(BIN)/python -m syncbn.launch -n 4 examples/contrastive.py $(FORM) --out $(RESULTS)/contrastive
+	$(BIN)/python -m syncbn.launch --engine mpi -n 8 examples/overhead.py $(FORM) --out $(RESULTS)/overhead
 	$(BIN)/python -m syncbn.launch -n 4 examples/equivalence.py $(FORM) --out $(RESULTS)/equivalence
 
 pictures: $(STAMP) ## draw the pictures of results again, from their CSVs
