@@ -91,10 +91,11 @@ def answer(task: str, samples: int, when: str, model: nn.Module, inputs: list[Te
     group = groups_of(1) if alone else None
     sizes = [1, 2, 4, 8]
     report: NoiseReport = measure_noise(model.train(), inputs[:BATCHES], sizes, process_group=group)
-    noises = [max(row.noise for row in report.rows if row.group_size == k) for k in sizes]
+    one, two, four, eight = (max(row.noise for row in report.rows if row.group_size == k) for k in sizes)
     assert report.group_size is not None
     noisiest = max((row for row in report.rows if row.group_size == 1), key=lambda row: row.noise).layer
-    return Answer(task, samples, when, report.group_size, *noises, between_samples(model, noisiest, inputs[:BATCHES]))
+    between = between_samples(model, noisiest, inputs[:BATCHES])
+    return Answer(task, samples, when, report.group_size, one, two, four, eight, between)
 
 
 def between_samples(model: nn.Module, layer: str, inputs: list[Tensor]) -> float:

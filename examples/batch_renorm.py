@@ -77,8 +77,9 @@ class BatchRenorm(nn.Module):
 
 def build(alone: Any, norm: str, seeds: range) -> nn.Sequential:
     """Return the stacked networks of a name. `alone` is a group of this rank only."""
-    layers = {"renorm": functools.partial(BatchRenorm, process_group=alone), "sync_renorm": BatchRenorm}
-    return build_mlps(layers.get(norm, norm), seeds)
+    groups = {"renorm": alone, "sync_renorm": None}
+    layer = functools.partial(BatchRenorm, process_group=groups[norm]) if norm in groups else norm
+    return build_mlps(layer, seeds)
 
 
 def reach(alone: Any) -> dict[str, float]:

@@ -93,7 +93,7 @@ def scaled(norm: str, seeds: range, scale: float) -> nn.Sequential:
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, StackedLinear):
-                layer.weight *= scale
+                layer.weight.mul_(scale)
     return model
 
 
@@ -108,8 +108,8 @@ def train_all(args: argparse.Namespace, data: Data) -> list[Result]:
     results = []
     for (swept, value, run), needed in zip(jobs, watch.epochs_needed(runs), strict=True):
         right = accuracies(run.model, data.test_x, data.test_y, args.seeds)
-        for seed, pair in enumerate(zip(right, needed, strict=True)):
-            results.append(Result(run.norm, seed, args.epochs, *pair, swept, value))
+        for seed, (accuracy, epochs) in enumerate(zip(right, needed, strict=True)):
+            results.append(Result(run.norm, seed, args.epochs, accuracy, epochs, swept, value))
     return results
 
 

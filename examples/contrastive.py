@@ -81,7 +81,7 @@ class Projected(nn.Module):
         layer = normalization(norm, len(seeds))(32 * len(seeds))
         self.encoder = stacked_mlp((64, 128, FEATURES, 1), "none", seeds)[:2]
         projector = stacked_mlp((FEATURES, 64, 32), norm, seeds)[:-1]
-        self.projector = nn.Sequential(*projector, nn.Flatten(1), layer, nn.Unflatten(1, (-1, 32)))
+        self.projector = nn.Sequential(projector, nn.Flatten(1), layer, nn.Unflatten(1, (-1, 32)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the projections, of length 1."""
@@ -115,7 +115,7 @@ class Gathered(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Return this rank's part."""
         grad = grad.contiguous()
         dist.all_reduce(grad)
@@ -125,11 +125,11 @@ class Gathered(torch.autograd.Function):
 def second_projections(model: nn.Module, views: Tensor, shuffle: torch.Generator | None) -> Tensor:
     """Return the projections of all ranks' second views, in order of the ranks; shuffled over the ranks on the way."""
     if shuffle is None:
-        return Gathered.apply(model(views))  # type: ignore[no-untyped-call]
-    everything = Gathered.apply(views)  # type: ignore[no-untyped-call]
+        return Gathered.apply(model(views))
+    everything = Gathered.apply(views)
     order = torch.randperm(len(everything), generator=shuffle)
     mine = order.view(dist.get_world_size(), -1)[dist.get_rank()]
-    return Gathered.apply(model(everything[mine]))[order.argsort()]  # type: ignore[no-untyped-call]
+    return Gathered.apply(model(everything[mine]))[order.argsort()]
 
 
 def similarities(model: nn.Module, views: tuple[Tensor, Tensor], shuffle: torch.Generator | None) -> Tensor:

@@ -72,7 +72,7 @@ def build(norm: str, depth: int, seeds: range) -> nn.Sequential:
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, StackedLinear):
-                layer.weight *= SCALES.get(norm, 1.0)
+                layer.weight.mul_(SCALES.get(norm, 1.0))
     return model
 
 
@@ -102,8 +102,8 @@ def measure(args: argparse.Namespace, case: tuple[Any, ...]) -> Iterator[Any]:
     train_stacked(runs, data, seeds, args.samples * dist.get_world_size(), args.epochs, constant, watch.after_step)
     for run, needed in zip(runs, watch.epochs_needed(runs), strict=True):
         right = accuracies(run.model, data.test_x, data.test_y, args.seeds)
-        for seed, pair in enumerate(zip(right, needed, strict=True)):
-            yield Result(run.norm, seed, args.epochs, *pair, depth, run.peak)
+        for seed, (accuracy, epochs) in enumerate(zip(right, needed, strict=True)):
+            yield Result(run.norm, seed, args.epochs, accuracy, epochs, depth, run.peak)
 
 
 def growth(rows: list[Gradient], norm: str) -> float:

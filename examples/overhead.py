@@ -15,6 +15,7 @@ It prints two tables and writes ``steps.csv``, ``inference.csv`` and ``overhead.
 import argparse
 import copy
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -98,7 +99,9 @@ def mpi_groups(size: int) -> Any:
     return MPI.COMM_WORLD.Split(dist.get_rank() // size, dist.get_rank())
 
 
-def in_turn(sides: Mapping[Any, Callable[[], object]], rounds: int, meet: bool) -> dict[Any, tuple[float, ...]]:
+def in_turn(
+    sides: Mapping[Any, Callable[[], object]], rounds: int, meet: bool
+) -> dict[Any, tuple[float, float, float]]:
     """Return median and quartiles of the milliseconds of each side; `meet`: of the slowest rank, begun together."""
     times: dict[Any, list[float]] = {side: [] for side in sides}
     for turn in range(rounds + 2):  # two to warm up
@@ -130,7 +133,7 @@ def steps(network: str, rounds: int) -> Iterator[Step]:
         groups = {"gloo": groups_of(size), "MPI": mpi_groups(size)}
         for transport, group in groups.items():
             if group is not None:
-                layers[transport, size] = lambda width, group=group: syncbn.SyncBatchNorm(width, process_group=group)
+                layers[transport, size] = functools.partial(syncbn.SyncBatchNorm, process_group=group)
     x, y = samples_of(network, NETWORKS[network], NETWORKS[network] * dist.get_rank())
     sides = {}
     for key, layer in layers.items():
@@ -152,8 +155,10 @@ def fused(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval()
     for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
         for i in range(len(sequence) - 1):
-            if isinstance(sequence[i + 1], nn.modules.batchnorm._BatchNorm):
-                sequence[i], sequence[i + 1] = fuse_conv_bn_eval(sequence[i], sequence[i + 1]), nn.Identity()
+            convolution, norm = sequence[i], sequence[i + 1]
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                assert isinstance(convolution, nn.Conv1d | nn.Conv2d)
+                sequence[i], sequence[i + 1] = fuse_conv_bn_eval(convolution, norm), nn.Identity()
     return model
 
 
