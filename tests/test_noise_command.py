@@ -57,7 +57,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_report_and_files(script: Path, function: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["noise", f"{script}:{function}", "--ranks", "1", "4", "--out", "found/mine"]) == 0
     out = capsys.readouterr().out
-    assert "Synchronize over 4 ranks or more, as 1 asks for" in out and "64 batches on 1 rank" in out
+    assert "Synchronize over 16 ranks or more, as 1 asks for" in out and "64 batches on 1 rank" in out
     with Path("found/mine.csv").open() as file:
         noise = {row["group_size"]: float(row["mean_noise"]) for row in csv.DictReader(file)}
     assert noise == {"1": pytest.approx(0.5, abs=0.1), "4": pytest.approx(0.25, abs=0.06)}  # 1 / sqrt(4 k)
