@@ -209,9 +209,12 @@ def measure(args: argparse.Namespace, case: tuple[int]) -> Iterator[Result]:
                 done += 1
                 bar.update()
     dist.all_reduce(last)
-    pixels = probe(x, load_data().test_x)
+    counts = dist.get_rank() == 0  # of the others' rows nothing is kept
+    pixels = probe(x, load_data().test_x) if counts else 0.0
     for run, losses in zip(runs, last.tolist(), strict=True):
         as_trained, other = (found(run.model, x, samples, seeds, shuffled) for shuffled in (False, True))
+        if not counts:
+            continue
         columns = zip(as_trained, other, losses, probes(run.model, seeds), strict=True)
         for seed, column in enumerate(columns):
             yield Result(run.norm, samples, world, seed, args.epochs, *column, pixels)

@@ -274,7 +274,7 @@ def test_padded_ranks_are_exact(tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_contrastive_in_small(tmp_path: Path) -> None:
     """Without statistics of the rank's own samples it does not matter with whom a view is normalized."""
-    options = ("--samples", "8", "--seeds", "1", "--epochs", "1", "--out", tmp_path)
+    options = ("--samples", "16", "--seeds", "1", "--epochs", "2", "--out", tmp_path)
     assert "classifier on pixels" in launch(2, "contrastive.py", *options)
     found = {row["norm"]: (float(row["found"]), float(row["found_shuffled"])) for row in rows_of(tmp_path / "runs.csv")}
     assert found["local"][0] > found["local"][1] + 1 and found["shuffled"][0] > found["shuffled"][1] + 1, found
