@@ -181,7 +181,8 @@ def draw(folder: Path) -> None:
     results = experiment.read_csv(folder / "runs.csv", Result)
     answers = [a for a in experiment.read_csv(folder / "answers.csv", Answer) if a.when == "after"]
     sizes = sorted({result.group_size for result in results})
-    title = f"Group sizes on other tasks, {results[0].ranks} ranks: mean ± standard deviation over seeds (scenes: one)"
+    tasks = "MNIST-1D" if {a.task for a in answers} == {"signals"} else "other tasks"
+    title = f"Group sizes on {tasks}, {results[0].ranks} ranks: {experiment.spread(results)}"
     with pictures.figure(folder / "advice.png", title) as (left, right):
         for i, each in enumerate(answers):
             look = pictures.other(i, len(answers), f"{each.task}, {each.samples_per_device} per device")
@@ -189,13 +190,16 @@ def draw(folder: Path) -> None:
             full = pairs[-1][0]
             left.errorbar(sizes, [mean - full for mean, _ in pairs], [std for _, std in pairs], **look)
             noises = [each.noise_1, each.noise_2, each.noise_4, each.noise_8][: len(sizes)]
-            right.plot(noises, [full - mean for mean, _ in pairs], **look)
+            lost = [full - mean for mean, _ in pairs]
+            right.plot(noises, lost, **look)
+            between = look | {"label": f"{look['label']}, noise in stds between samples", "ls": "--", "mfc": "white"}
+            right.plot([noise / each.between**0.5 for noise in noises], lost, **between)
         pictures.powers_of_two(left, sizes, "ranks that share statistics")
-        left.set_ylabel("score less that of all ranks (points)")
-        right.set(xlabel="noise of the noisiest layer", ylabel="points below full synchronization")
+        left.set_ylabel("score less that of\nall ranks (points)")
+        right.set(xlabel="noise of the noisiest layer", ylabel="points below\nfull synchronization")
         right.axhline(POINTS, color=pictures.LIMIT, lw=1)
         right.axvline(THRESHOLD, color=pictures.LIMIT, ls="--", lw=1, label=f"threshold {THRESHOLD:g}, one point")
-        pictures.legend_below([right], columns=3)
+        pictures.legend_below([right], columns=2)
 
 
 def report(args: argparse.Namespace, tables: dict[str, list[Any]]) -> None:
