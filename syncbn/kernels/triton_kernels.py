@@ -28,6 +28,7 @@ HEAD = tl.constexpr(wire.SLOTS)  # slots in front of a message's payload
 HEADER = tl.constexpr(wire.HEAD)  # float64 of the header in front of these, where messages are gathered
 BUCKET = tl.constexpr(1024)  # a message is never longer than its content by more than this
 RUN = tl.constexpr(32)
+UP, DOWN = tl.constexpr(2.0**100), tl.constexpr(2.0**-100)  # powers of two, which are exact in float32 as well
 
 
 @triton.jit
@@ -59,22 +60,24 @@ def _number_of_items(images, size, BN: tl.constexpr, BP: tl.constexpr):
 
 @triton.jit
 def _reciprocal(n):
-    """``1 / n`` in float64 for a count, in five instructions, where a division has twenty: Newton from float32."""
-    r = (1.0 / n.to(tl.float32)).to(tl.float64)
+    """``1 / n`` in float64 for a count, and 1 for zero, without a division, which has twenty instructions: Newton."""
+    rough = 1.0 / n.to(tl.float32)
+    r = rough.to(tl.float64)
     r = r * (2.0 - n * r)
-    return r * (2.0 - n * r)
+    r = r * (2.0 - n * r)
+    return tl.where(rough < 1e30, r, 1.0)  # (of what was not float64, lest the compiler compare that)
 
 
 @triton.jit
 def _inverse_root(v):
     """``1 / sqrt(v)`` in float64, to 1e-13, likewise by Newton's method; v may be beyond what float32 holds."""
     rough = v.to(tl.float32)
-    large = rough > 1e30
-    small = rough < 1e-30
-    v = v * tl.where(large, 1e-60, tl.where(small, 1e60, 1.0))
+    large = rough * DOWN > 1
+    small = rough * UP < 1
+    v = v * tl.where(large, DOWN * DOWN, tl.where(small, UP * UP, 1.0))
     r = tl.rsqrt(v.to(tl.float32)).to(tl.float64)
-    r = tl.fma(r, tl.fma(-v * r, 0.5 * r, 0.5), r)
-    return r * tl.where(large, 1e-30, tl.where(small, 1e30, 1.0))
+    r = tl.fma(r, tl.fma(v * r, -0.5 * r, 0.5), r)
+    return r * tl.where(large, DOWN, tl.where(small, UP, 1.0))
 
 
 @triton.jit
@@ -280,7 +283,7 @@ def _merge_splits(partials, counts, c, inside, channels, splits, BS: tl.constexp
             mean = tl.load(means + place, mask=mask, other=0.0)
             second += tl.sum(tl.load(squares + place, mask=mask, other=0.0) + weighted * mean, 0)
     if not RAW:
-        first = first * _reciprocal(tl.maximum(n, 1.0))
+        first = first * _reciprocal(n)
         for start in range(0, splits, BS):
             s = start + tl.arange(0, BS)
             place = s[:, None] * channels + c[None, :]
@@ -386,7 +389,7 @@ def _read_sums(sums, c, inside, channels, eps):
     n = tl.load(sums)
     total = tl.load(sums + 1 + c, mask=inside, other=0.0)
     squares = tl.load(sums + 1 + channels + c, mask=inside, other=0.0)
-    share = _reciprocal(tl.maximum(n, 1.0))
+    share = _reciprocal(n)
     mean = total * share
     m2 = _at_least_zero(squares - mean * total)
     return n, mean, m2, _inverse_root(m2 * share + eps)
@@ -403,11 +406,11 @@ def _merge(parts, distance, ranks, c, inside, channels, eps):
         other = tl.load(part)
         delta = tl.load(part + 1 + c, mask=inside, other=0.0) - mean
         union = n + other
-        share = other * _reciprocal(tl.maximum(union, 1.0))
+        share = other * _reciprocal(union)
         mean += delta * share
         m2 += tl.load(part + 1 + channels + c, mask=inside, other=0.0) + delta * delta * (n * share)
         n = union
-    return n, mean, m2, _inverse_root(m2 * _reciprocal(tl.maximum(n, 1.0)) + eps)
+    return n, mean, m2, _inverse_root(m2 * _reciprocal(n) + eps)
 
 
 @triton.jit
@@ -468,7 +471,7 @@ def _move(running, values, keep, momentum, c, inside):
 @triton.jit
 def _remember(running_mean, running_var, n, mean, m2, momentum, c, inside):
     """Move the running statistics, but for an empty batch, and for channels that are not finite in their dtype."""
-    var = m2 * _reciprocal(tl.maximum(n - 1.0, 1.0))
+    var = m2 * _reciprocal(n - 1.0)
     rounded_mean = _rounded(mean, running_mean.dtype.element_ty)
     rounded_var = _rounded(var, running_var.dtype.element_ty)
     keep = ~tl.where(n > 0, _is_finite(rounded_mean) & _is_finite(rounded_var), False)
@@ -515,7 +518,7 @@ def normalize(
                 counted = tl.load(batches) + (n > 0).to(tl.int64)
                 if CUMULATIVE:
                     # By this program for all channels: another one might read the counter before or after the store.
-                    weight_of_new = _reciprocal(tl.maximum(counted, 1).to(tl.float64))
+                    weight_of_new = _reciprocal(counted.to(tl.float64))
                     for other in range(0, blocks):
                         k = other * BC + tl.arange(0, BC)
                         _, mu_k, m2_k, _ = _statistics(sums, distance, ranks, k, k < channels, channels, eps, GATHERED)
@@ -666,7 +669,7 @@ def input_gradient(
         if record is not None:
             if tl.program_id(0) == 0:
                 _look(record, sums, distance, exchange, ranks, GATHERED)
-        share = _reciprocal(tl.maximum(tl.load(stats + 2 * channels), 1.0))
+        share = _reciprocal(tl.load(stats + 2 * channels))
         sum_g, sum_gx = _read_pair(sums, c, inside, channels)
         if GATHERED:
             for rank in range(1, ranks):

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import batch_norm
 
@@ -485,6 +487,23 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
     choice._native_works.cache_clear()
     (record,) = caplog.records
     assert "ZeroDivisionError" in record.getMessage() and record.name == "syncbn"
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _apply(n: Any, v: Any, reciprocals: Any, roots: Any, SIZE: tl.constexpr) -> None:
+    i = tl.arange(0, SIZE)
+    tl.store(reciprocals + i, triton_kernels._reciprocal(tl.load(n + i)))
+    tl.store(roots + i, triton_kernels._inverse_root(tl.load(v + i)))
+
+
+def test_what_stands_for_divisions_and_roots() -> None:
+    """Newton's method from float32: for all counts, and variances far beyond what float32 holds."""
+    n = torch.cat([torch.arange(500), torch.logspace(3, 11, 12).round()]).double()
+    v = torch.logspace(-80, 80, 512, dtype=torch.float64)
+    reciprocals, roots = torch.empty_like(n), torch.empty_like(v)
+    _apply[(1,)](n, v, reciprocals, roots, 512)
+    assert reciprocals[0] == 1 and (reciprocals[1:] * n[1:] - 1).abs().max() <= 3e-16
+    assert (roots * v.sqrt() - 1).abs().max() <= 1e-13
 
 
 def test_the_number_of_slots_is_one_number() -> None:
