@@ -176,18 +176,18 @@ def in_float64(sass: str) -> int:
     return sum(bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)\b|MUFU\.\w+64|.*F64", name)) for name in names)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
+def resources(text: str) -> dict[str, int]:
     """Registers per thread, and bytes of stack, local and shared memory, as the assembler recorded them."""
-    usage = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", dump(cubin, "--dump-resource-usage"))
+    usage = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)
     return {name: int(value) for name, value in usage}
 
 
-def dump(cubin: bytes, what: str) -> str:
+def dump(cubin: bytes, *what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         path = {"PATH": f"{BIN}:{os.environ['PATH']}"}  # (it starts the disassembler beside it)
-        command = [BIN / "cuobjdump", what, file.name]
+        command = [BIN / "cuobjdump", *what, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | path).stdout
 
 
@@ -195,16 +195,16 @@ def rows_of(arch: int, quick: bool, with_sass: bool) -> Iterator[dict[str, objec
     """What the compiler makes of each variant for one architecture, as it is made."""
     driver.set_active(NoDevice(arch))
     for what, warps, compiled in variants(quick):
-        usage = resources(compiled.asm["cubin"])
+        text = dump(compiled.asm["cubin"], "--dump-resource-usage", *(["--dump-sass"] if with_sass else []))
+        usage = resources(text)
         row: dict[str, object] = {
             "kernel": what, "arch": arch, "warps": warps, "registers": usage["REG"], "stack": usage["STACK"],
             "local": usage.get("LOCAL", 0), "shared": compiled.metadata.shared,
         }  # fmt: skip
         if with_sass:
-            sass = dump(compiled.asm["cubin"], "--dump-sass")
-            row["16-byte accesses"], row["narrower"] = accesses(sass)
-            row["float64"] = in_float64(sass)
-            row["counted"] = counts_in_order(sass)
+            row["16-byte accesses"], row["narrower"] = accesses(text)
+            row["float64"] = in_float64(text)
+            row["counted"] = counts_in_order(text)
         yield row
 
 
