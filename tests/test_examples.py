@@ -164,6 +164,30 @@ def test_stacked_networks_are_those_of_their_seeds(
         torch.testing.assert_close(stacked(x.expand(-1, 3, -1))[:, :, 1], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_stacked_perceptrons_are_those_of_their_seeds(modules: dict[str, ModuleType]) -> None:
+    """What the second of two stacked networks gives is what it gives by itself, with statistics of its own channels."""
+    digits = modules["digits"]
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    for norm in ("none", "local", "group"):
+        expected = digits.build_mlp(norm, 1)(x)
+        torch.testing.assert_close(
+            digits.build_mlps(norm, range(2))(x.unsqueeze(1).expand(-1, 2, -1))[:, :, 1], expected
+        )
+
+
+def test_variance_between_samples(modules: dict[str, ModuleType]) -> None:
+    """All of it where positions are alike; a share of 1 / positions where they are independent, and the model kept."""
+    import advice
+
+    chance = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    alike = torch.randn(64, 3, 1, generator=chance).expand(-1, -1, 5)
+    independent = torch.randn(4000, 3, 4, generator=chance)
+    assert advice.between_samples(model, "0", list(alike.split(8))) == pytest.approx(1)
+    assert advice.between_samples(model, "0", list(independent.split(8))) == pytest.approx(1 / 4, rel=0.1)
+    assert not model.state_dict()["0.running_mean"].any()
+
+
 @pytest.mark.integration
 def test_small_batch_shows_the_gap(tmp_path: Path) -> None:
     options = ("--samples", "2", "--seeds", "1", "--epochs", "2")
