@@ -282,21 +282,19 @@ def _launch(
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         kinds = [None if t is None else t.dtype for t in tensors]
         low = reduce(or_, addresses) & 15  # code is compiled for multiples of 16, or for others
-        key = (
-            kernel.__name__, device.index, *constants, *kinds,
-            low and tuple([address & 15 for address in addresses]),
-        )  # fmt: skip
+        lows = low and tuple([address & 15 for address in addresses])
+        key = kernel.__name__, device.index, constants, *kinds, lows
         run = layout.compiled.get(key)
         if run is not None:
             try:
-                run(*addresses, *numbers, *constants, stream=_torch.raw_stream(device))
+                run(addresses, numbers, _torch.raw_stream(device))
                 return None
             except (AttributeError, TypeError, ValueError) as error:  # raised before anything is launched
                 _launch_as_triton_does(device, error)
     compiled = kernel[(number,)](*tensors, *numbers, *constants, num_warps=warps, **OPTIONS)
     if key is not None and device.type in _direct:
         try:
-            layout.compiled[key] = _starter(compiled, number)
+            layout.compiled[key] = _starter(compiled, number, constants)
         except (AttributeError, TypeError) as error:
             _launch_as_triton_does(device, error)
     return None
@@ -308,13 +306,17 @@ _CALL = (
 )  # fmt: skip
 
 
-def _starter(compiled: Any, number: int) -> Any:
-    """What starts so many programs of a compiled kernel: a function of its arguments and a stream.
+def _starter(compiled: Any, number: int, constants: tuple[Any, ...]) -> Any:
+    """What starts so many programs of a compiled kernel: a function of addresses, of numbers and of a stream.
 
     ``compiled[grid]`` is for everybody to use. What it calls takes a third of its time, and is called where it takes
     what it is known to take, and nobody listens to launches.
     """
-    run = compiled[(number, 1, 1)]
+    documented = compiled[(number, 1, 1)]
+
+    def run(addresses: list[int], numbers: tuple[float, ...], stream: int) -> None:
+        documented(*addresses, *numbers, *constants, stream=stream)
+
     start, knobs = compiled.run, getattr(sys.modules["triton"], "knobs", None)
     code = getattr(type(start).__call__, "__code__", None)
     runtime = getattr(knobs, "runtime", None)
@@ -323,11 +325,13 @@ def _starter(compiled: Any, number: int) -> Any:
         return run
     function, metadata, (enter, leave) = compiled.function, compiled.packed_metadata, hooks
 
-    def direct(*args: Any, stream: int) -> None:
+    def direct(addresses: list[int], numbers: tuple[float, ...], stream: int) -> None:
         if enter or leave:
-            run(*args, stream=stream)
+            run(addresses, numbers, stream)
         else:
-            start(number, 1, 1, stream, function, metadata, None, None, None, *args)
+            start(
+                number, 1, 1, stream, function, metadata, None, None, None, *addresses, *numbers, *constants
+            )  # fmt: skip
 
     return direct
 
