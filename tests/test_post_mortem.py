@@ -43,6 +43,7 @@ CASES: dict[str, tuple[dict[int, Note], dict[int, list[int]]]] = {
         {0: Note(absent=[1]), 1: Note(broken=[2]), 2: Note(absent=[3]), 3: Note(broken=[4])},
         {0: [4], 1: [4], 2: [4]},
     ),
+    "came late, and found that the other had hung up": ({0: Note(absent=[1]), 1: Note(broken=[0])}, {0: [1], 1: []}),
     "waited for each other": ({0: Note(absent=[1]), 1: Note(absent=[0])}, {0: []}),
 }
 

@@ -81,7 +81,8 @@ def _read(store: Any, me: int, mine: Note, patience: float) -> list[int]:
         silent = [rank for rank in missed if rank not in here]
         if silent:
             return silent
-    return []
+    # All have said something. Who came late found that the others had hung up, and names nobody who did not come.
+    return [rank for rank in mine.absent if not notes[rank].absent]
 
 
 def _missed(*notes: Note) -> set[int]:
