@@ -143,8 +143,8 @@ def test_signals_in_small(tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_advice_in_small(tmp_path: Path) -> None:
     pytest.importorskip("mnist1d", reason="mnist1d is not installed (extra: examples)")
-    options = ("--cases", "signals:8", "--seeds", "1", "--epochs", "1", "--out", tmp_path)
-    assert "| signals | 8 | after |" in launch(2, "advice.py", *options)
+    options = ("--cases", "signals:32", "--seeds", "1", "--epochs", "1", "--out", tmp_path)
+    assert "| signals | 32 | after |" in launch(2, "advice.py", *options)
     assert {row["group_size"] for row in rows_of(tmp_path / "runs.csv")} == {"1", "2"}
     for row in rows_of(tmp_path / "answers.csv"):
         assert float(row["noise_8"]) < float(row["noise_1"]), row
