@@ -58,7 +58,7 @@ def test_different_calls(way: str, world: int, case: Different) -> None:
 @pytest.mark.mpi
 @needs_mpi4py
 @needs_mpiexec
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_different_calls_over_mpi(world: int) -> None:
     done = mpiexec(world, "faults.py")
     assert done.returncode == 0 and done.stdout.count(f"{len(DIFFERENT_CALLS)} checked") == world, done.stdout

@@ -46,10 +46,13 @@ def outcomes(size: int, body: Callable[..., Any], *args: Any, timeout: float = 1
     """Like ``run_ranks``, with a rank's exception as its result."""
     store = dist.HashStore()
     results: list[Any] = [None] * size
+    connected = threading.Barrier(size)  # one that is done would break off the connections that others make
 
     def run(rank: int) -> None:
         try:
-            results[rank] = body(rank, make_group(store, rank, size, timeout), *args)
+            group = make_group(store, rank, size, timeout)
+            connected.wait(DEADLINE)
+            results[rank] = body(rank, group, *args)
         except BaseException as error:
             results[rank] = error
 
