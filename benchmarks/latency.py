@@ -208,10 +208,11 @@ def run(world: int, backend: str, args: argparse.Namespace) -> list[dict[str, ob
 
 
 def plot(path: Path) -> None:
-    """Time against world size at 256 channels, and against channels on two ranks, from the CSV."""
+    """Time against world size at 256 channels, and against channels on the fewest ranks, from the CSV."""
     import pictures
 
     rows = timing.read_csv(path)
+    fewest = min(row["ranks"] for row in rows)
     title = f"One message (2C + 1 float64) between ranks of one host: {timing.where(rows)}"
     carriers = ["sockets", "gloo", "mpi4py"]
     markers = {"one hop": "o", "all_reduce": "s", "link": "s", "dist.all_reduce": "^", "dist.all_gather": "v"}
@@ -223,9 +224,12 @@ def plot(path: Path) -> None:
             look["marker"] = markers.get(how, "X")
             mine = [row for row in rows if row["way"] == way and row["channels"] == MAIN]
             by_world.plot([row["ranks"] for row in mine], [row["us"] for row in mine], **look)
-            mine = [row for row in rows if row["way"] == way and row["ranks"] == 2]
+            mine = [row for row in rows if row["way"] == way and row["ranks"] == fewest]
             by_channels.plot([row["channels"] for row in mine], [row["us"] for row in mine], **look)
-        for axes, along, title in ((by_world, "ranks", f"{MAIN} channels"), (by_channels, "channels", "2 ranks")):
+        for axes, along, title in (
+            (by_world, "ranks", f"{MAIN} channels"),
+            (by_channels, "channels", f"{fewest} ranks"),
+        ):
             pictures.powers_of_two(axes, sorted({row[along] for row in rows}), along)
             axes.set(yscale="log", title=title)
         by_world.set_ylabel("µs per message (median)")
